@@ -1,0 +1,41 @@
+# Each target sets up what it needs. Exact pins come from the pip section of environment.yml, their only source.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXPERIMENT ?= digits
+
+.PHONY: demo test lab dashboard lint setup
+
+demo: setup  ## The whole pipeline on the embedded data set and base model
+	$(BIN)/sdlab run digits
+
+test: setup $(VENV)/reference/.done  ## Unit and property tests, and every notebook at smoke depth
+	$(BIN)/python -m pytest
+
+lab: setup  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir .
+
+dashboard: setup  ## optuna-dashboard over the searches of EXPERIMENT, on 127.0.0.1
+	$(BIN)/sdlab dashboard $(EXPERIMENT)
+
+lint: setup  ## ruff and nbstripout, as pre-commit runs them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: environment.yml pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sdlab needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version`: try make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	sed -n '/- pip:/,$$s/^ *- \([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/pins.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement $(VENV)/pins.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/python -m ipykernel install --sys-prefix --name sdlab --display-name sdlab > /dev/null
+	touch $@
+
+$(VENV)/reference/.done: $(VENV)/.done tests/requirements-reference.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/reference --requirement tests/requirements-reference.txt
+	touch $@

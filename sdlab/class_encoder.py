@@ -1,0 +1,42 @@
+"""Class vectors -> conditioning: the Class-Encoder that takes the text encoder's place (section 3 of the paper)."""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+
+class ClassEncoder(ModelMixin, ConfigMixin):
+    """Affine, no activation: class vector (C) -> Linear(C, hidden) -> Linear(hidden, tokens * width, no bias).
+
+    A class is a one-hot vector, the null condition of classifier-free guidance is the zero vector. Initialised as
+    Keras' Dense layers are (Glorot uniform, zero bias), so that the null condition begins as zeros.
+    """
+
+    @register_to_config
+    def __init__(self, num_classes: int, tokens: int = 77, width: int = 1024, hidden: int = 500):
+        super().__init__()
+        self.linear_in = torch.nn.Linear(num_classes, hidden)
+        self.linear_out = torch.nn.Linear(hidden, tokens * width, bias=False)
+        for layer in (self.linear_in, self.linear_out):
+            torch.nn.init.xavier_uniform_(layer.weight)
+        torch.nn.init.zeros_(self.linear_in.bias)
+
+    def forward(self, class_vectors: torch.Tensor) -> torch.Tensor:
+        """(n, num_classes) float -> encoder_hidden_states (n, tokens, width)."""
+        hidden_states = self.linear_out(self.linear_in(class_vectors))
+        return hidden_states.view(-1, self.config.tokens, self.config.width)
+
+    def table(self) -> torch.Tensor:
+        """Every condition there is: (num_classes + 1, tokens, width), the last being the null condition."""
+        vectors = torch.eye(self.config.num_classes + 1, self.config.num_classes, device=self.device, dtype=self.dtype)
+        return self(vectors)
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of the explained-variance ratios of the class residuals; at most num_classes - 1.
+
+        Near 1 the classes differ along one direction only: the encoder has collapsed (METHOD, item 8).
+        """
+        classes = self.table()[:-1].flatten(1).double()
+        variances = torch.linalg.svdvals(classes - classes.mean(0)).square()
+        ratios = variances / variances.sum()
+        return float(torch.special.entr(ratios).sum().exp())

@@ -1,0 +1,203 @@
+"""Images -> trained ResNet20 -> `Score`: the judge of every set, real or synthetic (section 3 of the paper)."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdlab.datasets import Split
+from sdlab.settings import Settings
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; where the shape changes, the shortcut is a 3x3 max-pool and zero-padded channels."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.stride, self.padding = stride, channels - channels_in
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels, eps=1e-5, momentum=0.1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels, eps=1e-5, momentum=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = F.max_pool2d(x, 3, self.stride, padding=1) if self.stride > 1 else x
+        if self.padding:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.padding))
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class ResNet20(nn.Module):
+    """Depth 20: three stages of three blocks, `initial_filters` doubling. (n, 3, h, w) in [0, 1] -> logits (n, C).
+
+    The authors start at 64 filters (4.3 M parameters), the CIFAR ResNet20 of He et al. 2016 at 16 (0.27 M).
+    """
+
+    def __init__(self, num_classes: int, initial_filters: int = 64):
+        super().__init__()
+        self.stem = nn.Conv2d(3, initial_filters, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(initial_filters, eps=1e-5, momentum=0.1)
+        blocks, channels_in = [], initial_filters
+        for stage in range(3):
+            channels = initial_filters * 2**stage
+            for block in range(3):
+                blocks.append(ResidualBlock(channels_in, channels, stride=2 if stage and not block else 1))
+                channels_in = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels_in, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.relu(self.bn(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a classifier does on one split. Shares of 1. `accuracy` is the CAS if it was trained on generated images."""
+
+    accuracy: float
+    top5: float
+    balanced: float  # mean of the classes' recalls
+    recall: tuple[float, ...]  # of each class; nan for a class the split lacks
+    n: int
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial, of the accuracy on n images."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How ResNet20 is trained. The same for real and synthetic images."""
+
+    filters: int
+    epochs: int
+    steps: int  # one budget of optimiser steps, in `epochs` equal parts; 0: whole passes over the images
+    batch_size: int
+    learning_rate: float
+    label_smoothing: float
+    patience: int
+    stop_patience: int
+    min_learning_rate: float = 1e-5
+
+    @classmethod
+    def of(cls, settings: Settings, searching: bool = False) -> "Recipe":
+        """The settings' recipe; the searches have patiences of their own (authors' code)."""
+        s = settings
+        patience = s.search_patience if searching else s.classifier_patience
+        stop_patience = s.search_stop_patience if searching else s.classifier_stop_patience
+        return cls(
+            s.classifier_filters, s.classifier_epochs, s.classifier_steps, s.classifier_batch_size,
+            s.classifier_learning_rate, s.classifier_label_smoothing, patience, stop_patience,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """The weights with the best accuracy on real validation images, which the training watches (METHOD, item 4)."""
+
+    model: ResNet20
+    history: list[dict]
+    val_accuracy: float
+
+
+def train_classifier(train: Split, val: Split, num_classes: int, recipe: Recipe, seed: int, device="cpu") -> TrainedClassifier:
+    """Train ResNet20 on `train`; plateau, stopping and the choice of weights watch the accuracy on `val`.
+
+    Adam, label smoothing, reduce-on-plateau x 0.1, early stopping, best weights restored; no augmentation.
+    An epoch is a pass over the images, or `steps / epochs` optimiser steps where a step budget is set.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ResNet20(num_classes, recipe.filters).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    images, labels = as_tensors(train, device)
+    batches = endless_batches(len(labels), recipe.batch_size, generator)
+    per_pass = math.ceil(len(labels) / recipe.batch_size)
+    budget = split_evenly(recipe.steps, recipe.epochs) if recipe.steps else [per_pass] * recipe.epochs
+
+    # The starting weights score -1: a first epoch at 0 % still counts as better.
+    best, best_weights, since_best, since_drop, history = -1.0, None, 0, 0, []
+    for epoch, steps in enumerate(budget, start=1):
+        model.train()
+        losses = []
+        for _ in range(steps):
+            batch = next(batches).to(device)
+            logits = model(as_input(images[batch]))
+            loss = F.cross_entropy(logits, labels[batch], label_smoothing=recipe.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        accuracy = float((predict(model, val).argmax(1) == val.labels).mean())
+        rate = optimizer.param_groups[0]["lr"]
+        history.append(dict(epoch=epoch, loss=torch.stack(losses).mean().item(), val_accuracy=accuracy, learning_rate=rate))
+        if accuracy > best:
+            best, best_weights, since_best, since_drop = accuracy, copy.deepcopy(model.state_dict()), 0, 0
+            continue
+        since_best, since_drop = since_best + 1, since_drop + 1
+        if since_best >= recipe.stop_patience:
+            break
+        if since_drop >= recipe.patience:
+            for group in optimizer.param_groups:
+                group["lr"] = max(group["lr"] * 0.1, recipe.min_learning_rate)
+            since_drop = 0
+    model.load_state_dict(best_weights)
+    return TrainedClassifier(model.eval(), history, best)
+
+
+def endless_batches(count: int, batch_size: int, generator: torch.Generator):
+    """Index batches of shuffled passes over `count` images, without end; a pass ends with the remainder."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch_size)
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """`total` steps in `parts` parts that differ by at most one."""
+    return [total // parts + (index < total % parts) for index in range(parts)]
+
+
+def as_tensors(split: Split, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole split on the device, images as uint8: a batch is an index, no loader."""
+    return torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device)
+
+
+def as_input(images: torch.Tensor) -> torch.Tensor:
+    """uint8 -> [0, 1]."""
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict(model: ResNet20, split: Split, batch_size: int = 1024) -> np.ndarray:
+    """Logits (n, C)."""
+    model.eval()
+    device = next(model.parameters()).device
+    images = torch.from_numpy(split.images)
+    return torch.cat([model(as_input(part.to(device))).float().cpu() for part in images.split(batch_size)]).numpy()
+
+
+def score(model: ResNet20, split: Split) -> Score:
+    """Accuracy, top-5 (1 for five classes or fewer), balanced accuracy and recall of each class."""
+    logits = predict(model, split)
+    predicted = logits.argmax(1)
+    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    right = predicted == split.labels
+    recall = tuple(float(right[split.labels == c].mean()) if (split.labels == c).any() else math.nan for c in range(logits.shape[1]))
+    return Score(
+        accuracy=float(right.mean()),
+        top5=float((top5 == split.labels[:, None]).any(1).mean()),
+        balanced=float(np.nanmean(recall)),
+        recall=recall,
+        n=len(split),
+    )

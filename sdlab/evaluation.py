@@ -1,0 +1,213 @@
+"""An operating point -> synthetic images -> CAS: what the searches maximise and the tables print.
+
+CAS (Classification Accuracy Score, Ravuri and Vinyals 2019): top-1 accuracy on real images of a classifier trained on
+generated images only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdlab.base_models import BaseModel
+from sdlab.class_encoder import ClassEncoder
+from sdlab.classifier import Recipe, Score, score, train_classifier
+from sdlab.datasets import ImageDataset, Split
+from sdlab.generation import GenerationPlan, SyntheticSet, generate, uniform_labels
+from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
+from sdlab.run import Run, read_json, sha256_of_json, write_json
+from sdlab.settings import BadInput, Settings
+from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Where the method can stand: which checkpoints, how many steps, how much guidance."""
+
+    class_encoder_epoch: int
+    unet_epoch: int  # 0: the base model's own UNet
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> ClassConditionalStableDiffusionPipeline:
+    """The pipeline of an operating point's checkpoints. Raises `BadInput` for one that is missing or damaged."""
+    device = base.unet.device
+    class_encoder = load_checkpoint(ClassEncoder, run.folder / "class_encoder", point.class_encoder_epoch, device)
+    unet = base.unet
+    if point.unet_epoch:
+        unet = load_checkpoint(type(base.unet), run.folder / "unet", point.unet_epoch, device)
+    scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
+    pipeline = ClassConditionalStableDiffusionPipeline(base.vae, unet, class_encoder, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def plan_generation(
+    run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, seed: int, labels: Sequence[int] | None = None
+) -> GenerationPlan:
+    """The plan of a set at this point: class-uniform, or with one period of `labels`."""
+    weights = dict(base.sha256, class_encoder=checkpoint_sha(run.folder / "class_encoder", point.class_encoder_epoch))
+    if point.unet_epoch:
+        weights["unet"] = checkpoint_sha(run.folder / "unet", point.unet_epoch)
+    return GenerationPlan(
+        weights=sha256_of_json([weights, base.scheduler_config]),
+        scheduler=run.settings.scheduler,
+        num_inference_steps=point.num_inference_steps,
+        guidance_scale=float(point.guidance_scale),
+        labels=tuple(labels) if labels is not None else uniform_labels(data.num_classes),
+        seed=seed,
+        base_size=run.settings.base_image_size,
+        image_size=data.image_size,
+        shard_size=run.settings.shard_size,
+    )
+
+
+def make_set(
+    run: Run,
+    base: BaseModel,
+    data: ImageDataset,
+    point: OperatingPoint,
+    count: int,
+    seed: int,
+    labels: Sequence[int] | None = None,
+    desc: str = "generate",
+) -> SyntheticSet:
+    """Generate (what is missing of) a set of `count` images at an operating point under `synthetic/`."""
+    plan = plan_generation(run, base, data, point, seed, labels)
+    return generate(load_pipeline(run, base, point), plan, run.folder / "synthetic", count, run.progress, desc)
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def judge(
+    train: Split, data: ImageDataset, settings: Settings, seeds: Sequence[int], splits: Sequence[str], searching: bool = False
+) -> dict[str, list[Score]]:
+    """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed."""
+    recipe = Recipe.of(settings, searching)
+    device = judge_device(settings)
+    scores: dict[str, list[Score]] = {name: [] for name in splits}
+    for seed in seeds:
+        trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device)
+        for name in splits:
+            scores[name].append(score(trained.model, data.splits[name]))
+    return scores
+
+
+def judge_device(settings: Settings):
+    from sdlab.base_models import choose_device
+
+    return choose_device(settings.device)
+
+
+def summary(scores: Sequence[Score]) -> dict:
+    """Mean and deviation over classifier seeds, in shares of 1, ready for JSON."""
+    accuracy = np.array([s.accuracy for s in scores])
+    recall = np.array([s.recall for s in scores])
+    return dict(
+        accuracy=accuracy.tolist(),
+        mean=float(accuracy.mean()),
+        std=float(accuracy.std(ddof=1)) if len(accuracy) > 1 else None,
+        standard_error=math.sqrt(accuracy.mean() * (1 - accuracy.mean()) / scores[0].n),
+        top5=float(np.mean([s.top5 for s in scores])),
+        balanced=float(np.mean([s.balanced for s in scores])),
+        recall=[None if np.isnan(r) else float(r) for r in recall.mean(0)],
+        n=scores[0].n,
+    )
+
+
+def score_point(
+    run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, name: str, title: str
+) -> dict:
+    """One cell of Table 1: fresh noise, several classifier seeds, read on the test set; kept in `metrics/<name>.json`.
+
+    The noise is the same for all cells (a paired comparison) and never that of a search.
+    """
+    path = run.metrics(name)
+    if path.exists():
+        return read_json(path)
+    settings = run.settings
+    made = make_set(run, base, data, point, settings.search_images, derive_seed(settings.seed, "table 1"), desc=title)
+    seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
+    run.note_test_reading(f"Table 1, {title}: {len(seeds)} classifiers")
+    scores = judge(made.split(settings.search_images), data, settings, seeds, ("val", "test"))
+    seconds = made.seconds(settings.search_images)
+    result = dict(
+        title=title,
+        point=asdict(point),
+        images=settings.search_images,
+        synthetic=made.folder.name,
+        fingerprint=made.fingerprint(settings.search_images),
+        generation_seconds=round(seconds, 2),
+        seconds_per_image_step=seconds / settings.search_images / point.num_inference_steps,
+        val=summary(scores["val"]),
+        test=summary(scores["test"]),
+    )
+    write_json(path, result)
+    return result
+
+
+def score_split(run: Run, train: Split, data: ImageDataset, name: str, title: str, desc: str) -> dict:
+    """A cell of Table 2: the same classifier recipe on a real or synthetic training set; `metrics/<name>.json`."""
+    path = run.metrics(name)
+    if path.exists():
+        return read_json(path)
+    settings = run.settings
+    seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
+    run.note_test_reading(f"Table 2, {title}: {len(seeds)} classifiers")
+    scores = judge(train, data, settings, seeds, ("val", "test"))
+    result = dict(title=title, images=len(train), val=summary(scores["val"]), test=summary(scores["test"]))
+    write_json(path, result)
+    return result
+
+
+def scale_up(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, progress: Callable) -> list[dict]:
+    """Table 2: real, x1 ... x10 of the real training set's size, nested in one pool with its class distribution."""
+    from sdlab.generation import real_labels
+
+    settings, size = run.settings, len(data.train)
+    labels, seed = real_labels(data.train.labels), derive_seed(settings.seed, "table 2")
+    pool = make_set(run, base, data, point, size * settings.scaling_max, seed, labels, desc="x10 pool")
+    cells = []
+    with progress(total=settings.scaling_max + 1, desc="train on real, x1, x2 ...", unit="set") as bar:
+        cells.append(score_split(run, data.train, data, "real", "real", "real"))
+        bar.update()
+        for k in range(1, settings.scaling_max + 1):
+            cells.append(score_split(run, pool.split(k * size), data, f"x{k:02d}", f"x{k}", f"x{k}"))
+            bar.update()
+    return cells
+
+
+def best_scale(cells: Sequence[dict], protocol: str) -> dict:
+    """The synthetic set to use: best on validation data (sealed), or on the test set (paper)."""
+    split = "val" if protocol == "sealed" else "test"
+    return max((cell for cell in cells if cell["title"] != "real"), key=lambda cell: cell[split]["mean"])
+
+
+def found_point(run: Run, search: str) -> OperatingPoint:
+    """The optimum of a finished search (`search_1` or `search_2`). Raises `BadInput` if it was never run."""
+    return OperatingPoint(**read_json(run.metrics(search), "run its notebook first.")["best"]["point"])
+
+
+def sheet(split: Split, path: Path, rows: int = 5) -> Path:
+    """A picture of the first images, a column a class where labels go round: PNG, each pixel drawn 4 x 4."""
+    from PIL import Image
+
+    columns = max(1, min(len(split) // rows, int(split.labels.max()) + 1))
+    tiles = split.images[: rows * columns].reshape(rows, columns, *split.images.shape[1:])
+    picture = np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2)).reshape(
+        rows * split.images.shape[2], columns * split.images.shape[3], 3
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(picture)
+    image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def check_epoch(epoch: int, epochs: int, what: str) -> None:
+    """Raises `BadInput` for an epoch that has no checkpoint."""
+    if not 1 <= epoch <= epochs:
+        raise BadInput(f"`{what}` is {epoch}: the checkpoints are epochs 1 to {epochs}.")

@@ -1,0 +1,148 @@
+"""Checkpoint + plan -> shards + manifest: a synthetic set on disk that can be cut short, extended and checked.
+
+A set is an endless sequence of images, written in shards of a fixed size. Image i has label `labels[i % len(labels)]`
+and starts from the noise of seed (set seed, i). A set of n images is the sequence's first n, so a larger set extends
+a smaller one, a search's higher rung extends the lower, and x1 ... x10 are nested. A shard is the unit of batch, of
+work and of resume: its bytes do not depend on how many others are made, by whom, or after how many interruptions.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tqdm.auto import tqdm
+
+from sdlab.datasets import Split
+from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+from sdlab.pixels import to_uint8
+from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside
+from sdlab.settings import BadInput
+from sdlab.training import derive_seed
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """All that a synthetic set's bytes depend on, the machine apart."""
+
+    weights: str  # a hash that names VAE, UNet and Class-Encoder
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    labels: tuple[int, ...]  # one period of the endless label sequence
+    seed: int
+    base_size: int  # pixels the base model makes
+    image_size: int  # pixels kept: the classifier's
+    shard_size: int
+
+    def key(self) -> str:
+        return sha256_of_json(self.__dict__)[:16]
+
+    def labels_of(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.labels, np.int64)[np.arange(start, stop) % len(self.labels)]
+
+
+def uniform_labels(num_classes: int) -> tuple[int, ...]:
+    """0, 1, ... C - 1, again and again: n images have n // C of each class, the remainder going to the first classes."""
+    return tuple(range(num_classes))
+
+
+def real_labels(labels: np.ndarray) -> tuple[int, ...]:
+    """The real training labels, in an order that spreads each class evenly: x k has k times the real class counts."""
+    counts = np.bincount(labels)
+    position = [((i + 0.5) / count, c) for c, count in enumerate(counts) for i in range(count)]
+    return tuple(int(c) for _, c in sorted(position))
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """The shards made so far of one plan, in `folder`."""
+
+    folder: Path
+    plan: GenerationPlan
+
+    @property
+    def manifest(self) -> dict:
+        path = self.folder / "manifest.json"
+        return read_json(path) if path.exists() else {"plan": self.plan.__dict__, "shards": {}}
+
+    def shard(self, index: int) -> Path:
+        return self.folder / f"shard_{index:05d}.safetensors"
+
+    def shards_for(self, count: int) -> int:
+        return -(-count // self.plan.shard_size)
+
+    def seconds(self, count: int) -> float:
+        """Clocked seconds of generating the first `count` images (denoising and decoding)."""
+        shards = self.manifest["shards"]
+        whole = sum(shards[str(i)]["seconds"] for i in range(self.shards_for(count)))
+        return whole * count / (self.shards_for(count) * self.plan.shard_size)
+
+    def split(self, count: int) -> Split:
+        """The first `count` images, each shard checked against its hash. Raises `BadInput` for a damaged one."""
+        shards, images = self.manifest["shards"], []
+        for index in range(self.shards_for(count)):
+            path = self.shard(index)
+            if not path.is_file() or str(index) not in shards:
+                raise BadInput(f"{path} is missing: run its step again, which makes it.")
+            if sha256_of_file(path) != shards[str(index)]["sha256"]:
+                raise BadInput(f"{path} is truncated or altered: move it away and run its step again, which makes it anew.")
+            images.append(load_file(path)["images"])
+        return Split(np.concatenate(images)[:count], self.plan.labels_of(0, count))
+
+    def fingerprint(self, count: int) -> str:
+        """One hash for the first `count` images' shards."""
+        shards = self.manifest["shards"]
+        hashes = [shards[str(i)]["sha256"] for i in range(self.shards_for(count))]
+        return hashlib.sha256(json.dumps([count, hashes]).encode()).hexdigest()
+
+
+def generate(
+    pipeline: ClassConditionalStableDiffusionPipeline,
+    plan: GenerationPlan,
+    root: Path,
+    count: int,
+    progress: Callable = tqdm,
+    desc: str = "generate",
+) -> SyntheticSet:
+    """Make what is missing of the first `count` images under `root/<hash of the plan>/`.
+
+    A shard that is there is not made again; one whose bytes are not those of the manifest is refused by name when read.
+    """
+    made = SyntheticSet(root / plan.key(), plan)
+    manifest, wanted = made.manifest, made.shards_for(count)
+    missing = [i for i in range(wanted) if str(i) not in manifest["shards"] or not made.shard(i).is_file()]
+    if not missing:
+        return made
+    pipeline.set_progress_bar_config(disable=True)
+    with progress(total=wanted * plan.shard_size, initial=(wanted - len(missing)) * plan.shard_size, desc=desc, unit="img") as bar:
+        for index in missing:
+            first = index * plan.shard_size
+            started = time.perf_counter()
+            images = generate_images(pipeline, plan, range(first, first + plan.shard_size))
+            seconds = time.perf_counter() - started
+            with written_beside(made.shard(index)) as beside:
+                save_file({"images": images}, beside)
+            entry = dict(sha256=sha256_of_file(made.shard(index)), seconds=round(seconds, 3))
+            manifest["shards"][str(index)] = entry
+            manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
+            write_json(made.folder / "manifest.json", manifest)
+            bar.update(plan.shard_size)
+    return made
+
+
+def generate_images(pipeline, plan: GenerationPlan, indices: Sequence[int]) -> np.ndarray:
+    """Images of these places in the sequence: uint8 (n, 3, image_size, image_size)."""
+    output = pipeline(
+        labels=plan.labels_of(indices[0], indices[-1] + 1),
+        num_inference_steps=plan.num_inference_steps,
+        guidance_scale=plan.guidance_scale,
+        seeds=[derive_seed(plan.seed, i) for i in indices],
+        size=plan.base_size,
+        output_type="pt",
+    )
+    return to_uint8(output.images, plan.image_size)

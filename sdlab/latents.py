@@ -1,0 +1,62 @@
+"""Images -> posterior moments of the VAE, computed once and kept: an epoch samples from them instead of encoding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sdlab.base_models import BaseModel
+from sdlab.pixels import to_model
+from sdlab.run import sha256_of_json, written_beside
+
+ENCODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of each image's latent posterior, (n, channels, h, w) each, before scaling."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    scaling_factor: float
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def sample(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Fresh latents of these images, scaled as the UNet expects them."""
+        mean, std = self.mean[indices], self.std[indices]
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        return (mean + std * noise) * self.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(
+    images: np.ndarray, base: BaseModel, size: int, path: Path, made_from: str, progress: Callable = tqdm
+) -> Moments:
+    """Moments of uint8 images (n, 3, h, w) at `size` pixels, from `path` if they were made from the same before.
+
+    `made_from` names images and their order (a fingerprint); the VAE's hash is added to it here.
+    """
+    vae_sha = {name: sha for name, sha in base.sha256.items() if name.startswith("vae/")}
+    key = sha256_of_json([made_from, vae_sha, size])
+    device = base.unet.device
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["made_from"]) == key:
+                mean, std = (torch.from_numpy(kept[name]).to(device) for name in ("mean", "std"))
+                return Moments(mean, std, base.vae.config.scaling_factor)
+    parts = []
+    with progress(total=len(images), desc="encode", unit="img") as bar:
+        for start in range(0, len(images), ENCODE_BATCH):
+            batch = to_model(images[start : start + ENCODE_BATCH], size).to(device, base.vae.dtype)
+            posterior = base.vae.encode(batch).latent_dist
+            parts.append((posterior.mean.float(), posterior.std.float()))
+            bar.update(len(batch))
+    mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    with written_beside(path) as beside, beside.open("wb") as file:
+        np.savez(file, mean=mean.cpu().numpy(), std=std.cpu().numpy(), made_from=key)
+    return Moments(mean, std, base.vae.config.scaling_factor)

@@ -1,0 +1,151 @@
+"""Labels, steps, guidance, seeds -> images: Stable Diffusion conditioned on classes, as a diffusers pipeline."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+
+from sdlab.class_encoder import ClassEncoder
+from sdlab.settings import BadInput
+
+DECODE_BATCH = 64  # images decoded at once: decoding needs far more memory an image than denoising
+
+
+@dataclass
+class ClassConditionalOutput(BaseOutput):
+    """`images`: PIL images, or an array or tensor, as `output_type` asks."""
+
+    images: list | np.ndarray | torch.Tensor
+
+
+class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
+    """Class-conditional latent diffusion: the Class-Encoder in the place of tokenizer and text encoder."""
+
+    model_cpu_offload_seq = "class_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        class_encoder: ClassEncoder,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, unet=unet, class_encoder=class_encoder, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Sequence[int] | torch.Tensor,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        seeds: Sequence[int] | None = None,
+        latents: torch.Tensor | None = None,
+        size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callable[[int], None] | None = None,
+    ) -> ClassConditionalOutput | tuple:
+        """Generate one image for each label.
+
+        Args:
+            labels: n class indices, 0 ... num_classes - 1.
+            num_inference_steps: IS, at least 1. Exactly so many scheduler steps are made by first-order schedulers.
+            guidance_scale: UGS >= 0 in `uncond + UGS * (cond - uncond)`. 1 is plain conditional and 0 unconditional
+                sampling, one pass each; every other value, those in (0, 1) too, makes both passes in one batch.
+            seeds: n seeds, one an image: an image depends on its own seed, whatever the batch.
+            latents: (n, channels, h, w) standard normal noise instead of `seeds`. One of the two is needed.
+            size: side of the image in pixels; default: the UNet's own `sample_size`.
+            output_type: `pil`, `np` (n, h, w, 3 in [0, 1]), `pt` (n, 3, h, w in [-1, 1]) or `latent` (unscaled).
+            callback: called with 1 after each step.
+
+        Raises:
+            BadInput: a label, step count or guidance outside its range, or neither seeds nor latents.
+        """
+        labels = torch.as_tensor(labels, device=self._execution_device, dtype=torch.long)
+        self.check(labels, num_inference_steps, guidance_scale, seeds, latents)
+        table = self.class_encoder.table()
+        cond = table[labels]
+        uncond = table[-1:].expand(len(labels), -1, -1)
+        if latents is None:
+            latents = self.noise(seeds, size)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        latents = latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        extra = self.step_generators(seeds)
+
+        for timestep in self.scheduler.timesteps:
+            if guidance_scale in (0, 1):
+                condition = cond if guidance_scale == 1 else uncond
+                noise_pred = self.unet(self.scheduler.scale_model_input(latents, timestep), timestep, condition).sample
+            else:
+                doubled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+                noise_pred = self.unet(doubled, timestep, torch.cat([uncond, cond])).sample
+                noise_pred_uncond, noise_pred_cond = noise_pred.chunk(2)
+                noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_cond - noise_pred_uncond)
+            latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
+            if callback:
+                callback(1)
+
+        images = latents
+        if output_type != "latent":
+            scaled = latents / self.vae.config.scaling_factor
+            images = torch.cat([self.vae.decode(part).sample for part in scaled.split(DECODE_BATCH)])
+        if output_type in ("pil", "np"):
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        return ClassConditionalOutput(images) if return_dict else (images,)
+
+    def check(self, labels, num_inference_steps, guidance_scale, seeds, latents) -> None:
+        """Raises `BadInput`: found, allowed."""
+        classes = self.class_encoder.config.num_classes
+        if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= classes:
+            raise BadInput(f"`labels` has to be a list of class indices 0 to {classes - 1}; found {labels.tolist()[:8]}.")
+        if not 1 <= num_inference_steps <= self.scheduler.config.num_train_timesteps:
+            raise BadInput(
+                f"`num_inference_steps` is {num_inference_steps}: allowed is 1 to {self.scheduler.config.num_train_timesteps}."
+            )
+        if not 0 <= guidance_scale < float("inf"):
+            raise BadInput(f"`guidance_scale` is {guidance_scale}: allowed is 0 or more.")
+        if (seeds is None) == (latents is None):
+            raise BadInput("Give either `seeds` (one an image) or `latents`.")
+        count = len(seeds) if latents is None else len(latents)
+        if count != len(labels):
+            raise BadInput(f"There are {len(labels)} labels, but {count} {'seeds' if latents is None else 'latents'}.")
+
+    def noise(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
+        """Initial noise (n, channels, h, w), image i from seed i, drawn on the CPU: the same on every device."""
+        side = size // self.vae_scale_factor if size else self.unet.config.sample_size
+        shape = (self.unet.config.in_channels, side, side)
+        return torch.stack([torch.randn(shape, generator=seeded(seed)) for seed in seeds])
+
+    def step_generators(self, seeds: Sequence[int] | None) -> dict:
+        """Ancestral and SDE schedulers draw noise at each step: from a stream of its own for every image."""
+        if seeds is None or "generator" not in inspect.signature(self.scheduler.step).parameters:
+            return {}
+        return {"generator": [seeded(int(seed) ^ 0x5DEECE66D) for seed in seeds]}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(seed))
+
+
+def make_scheduler(name: str, config: dict) -> SchedulerMixin:
+    """A diffusers scheduler by class name, on the base model's noise schedule. Raises `BadInput` for another name.
+
+    For DDIM: `leading` timesteps offset by 1 and a final alpha of 1, the authors' sampler (METHOD: conventions); SD's own
+    config says `set_alpha_to_one=False`.
+    """
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+        raise BadInput(f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler.")
+    if name == "DDIMScheduler":
+        leading = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="leading")
+        return kind.from_config(config, **leading)
+    return kind.from_config(config)

@@ -1,0 +1,27 @@
+"""Pixel conventions, in one place: uint8 0 ... 255 on disk, [-1, 1] for the base model, NCHW, bilinear resizing."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def to_model(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (n, 3, h, w) -> float (n, 3, size, size) in [-1, 1], as the base model's VAE expects (section 4)."""
+    return resized(torch.as_tensor(images).float(), size) / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor, size: int) -> np.ndarray:
+    """Decoded images (n, 3, h, w) in [-1, 1] -> uint8 (n, 3, size, size)."""
+    return (resized((images.float().clamp(-1, 1) + 1) * 127.5, size)).round().clamp(0, 255).byte().cpu().numpy()
+
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (n, 3, h, w) -> uint8 (n, 3, size, size)."""
+    return resized(torch.as_tensor(images).float(), size).round().clamp(0, 255).byte().numpy()
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Bilinear without antialiasing, as the authors resize (METHOD: conventions)."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

@@ -1,0 +1,393 @@
+"""Files of finished steps -> the paper's tables and Figure 1, beside the paper's own numbers. Imports no torch.
+
+Numbers travel as tidy data frames (a row a cell); only the last step makes text of them. Percentages throughout.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from sdlab import paper
+from sdlab.importance import PARAMETERS, fanova, main_effects
+from sdlab.run import read_json, read_record, step_state, written_beside
+from sdlab.settings import PROJECT_ROOT, Settings
+
+STEPS_OF_TABLE_1 = ("after_1", "after_2", "after_3", "after_4")
+LABELS = {"guidance_scale": "UGS", "epoch": "epoch", "num_inference_steps": "IS"}
+METRICS_NOTE = (
+    "CAS: top-1 accuracy (%) on real test images of a ResNet20 trained on generated images only; its plateau, early "
+    "stopping and choice of weights watch *real validation* images. Mean ± deviation over classifier seeds; the binomial "
+    "standard error of the test set is in the CSV."
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A finished experiment: its settings and where its files lie."""
+
+    settings: Settings
+
+    @property
+    def title(self) -> str:
+        name = paper.DATASET_TITLES.get(self.settings.dataset, self.settings.dataset)
+        return f"{name} ({self.settings.experiment}, {self.settings.base_model})"
+
+    def metrics(self, name: str) -> dict:
+        return read_json(self.settings.run_folder / "metrics" / f"{name}.json")
+
+    def searches(self) -> dict[str, dict]:
+        return {name: self.metrics(name) for name in ("search_1", "search_2")}
+
+
+def finished_experiments(settings: Settings) -> list[Experiment]:
+    """All experiments under `runs_root` whose tables can be filled (step 05 done), in the order of their names."""
+    found = []
+    for path in sorted((PROJECT_ROOT / settings.runs_root).glob("*/settings.yaml")):
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # The folder says where it is now; it may have been moved since.
+        theirs = Settings.from_mapping(kept | {"runs_root": settings.runs_root, "experiment": path.parent.name})
+        if read_record(theirs, "05") and step_state(theirs, "05").state == "done":
+            found.append(Experiment(theirs))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def cell_row(experiment: Experiment, name: str, column: str, extra: Mapping) -> dict:
+    """One measured cell in tidy form; percentages."""
+    kept, data = experiment.metrics(name), experiment.metrics("data")
+    test, published = kept["test"], extra.pop("paper")
+    return dict(
+        dataset=experiment.settings.dataset,
+        experiment=experiment.settings.experiment,
+        protocol=experiment.settings.protocol,
+        base_model=data["base_model"],
+        cell=column,
+        cas=100 * test["mean"],
+        deviation=np.nan if test["std"] is None else 100 * test["std"],
+        standard_error=100 * test["standard_error"],
+        seeds=len(test["accuracy"]),
+        test_images=test["n"],
+        validation=100 * kept["val"]["mean"],
+        balanced=100 * test["balanced"],
+        worst_class_recall=100 * min(r for r in test["recall"] if r is not None),
+        majority=100 * data["majority_share_test"],
+        images=kept["images"],
+        paper=np.nan if published is None else published,
+        difference=np.nan if published is None else 100 * test["mean"] - published,
+        **extra,
+    )
+
+
+def table_1(experiments: list[Experiment]) -> pd.DataFrame:
+    """CAS and generation time after each step, a row a cell."""
+    rows = []
+    for experiment in experiments:
+        published = paper.TABLE_1_CAS.get(experiment.settings.dataset, {})
+        seconds = paper.TABLE_1_SECONDS.get(experiment.settings.dataset, {})
+        for name in STEPS_OF_TABLE_1:
+            kept = experiment.metrics(name)
+            of_paper = seconds.get("after_2_or_3" if name in ("after_2", "after_3") else name, np.nan)
+            extra = dict(
+                paper=published.get(name),
+                seconds=kept["generation_seconds"],
+                seconds_per_image_step=kept["seconds_per_image_step"],
+                paper_seconds=of_paper,
+                **kept["point"],
+            )
+            rows.append(cell_row(experiment, name, name, extra))
+    return pd.DataFrame(rows)
+
+
+def table_2(experiments: list[Experiment]) -> pd.DataFrame:
+    """CAS of x1 ... x10 beside real training images, a row a cell."""
+    rows = []
+    for experiment in experiments:
+        published = paper.TABLE_2.get(experiment.settings.dataset, {})
+        chosen = experiment.metrics("scaling")["chosen"]
+        names = ["real", *(f"x{k}" for k in range(1, experiment.settings.scaling_max + 1))]
+        for name in names:
+            file = name if name == "real" else f"x{int(name[1:]):02d}"
+            rows.append(cell_row(experiment, file, name, dict(paper=published.get(name), chosen=name == chosen)))
+    return pd.DataFrame(rows)
+
+
+def gains(values: Mapping[str, Mapping[str, float]], seconds: Mapping[str, tuple[float, float]]) -> dict:
+    """The text's summary: points gained since After 1 (lowest, highest) and the largest share of time saved by step 2."""
+    gained = {step: [row[step] - row["after_1"] for row in values.values()] for step in ("after_2", "after_4")}
+    saved = [100 * (1 - after / before) for before, after in seconds.values()]
+    ranges = {step: (round(min(gain), 2), round(max(gain), 2)) for step, gain in gained.items()}
+    return ranges | {"time_saved_after_2_percent": round(max(saved), 1)}
+
+
+def paper_gains() -> dict:
+    """The text's ranges, recomputed from the paper's own Table 1."""
+    seconds = {name: (row["after_1"], row["after_2_or_3"]) for name, row in paper.TABLE_1_SECONDS.items()}
+    return gains(paper.TABLE_1_CAS, seconds)
+
+
+def our_gains(table: pd.DataFrame) -> dict:
+    """The same ranges from our Table 1."""
+    values = {name: dict(zip(rows.cell, rows.cas, strict=True)) for name, rows in table.groupby("experiment")}
+    times = {name: dict(zip(rows.cell, rows.seconds, strict=True)) for name, rows in table.groupby("experiment")}
+    return gains(values, {name: (row["after_1"], row["after_2"]) for name, row in times.items()})
+
+
+def gains_sentence(who: str, found: Mapping) -> str:
+    (low_2, high_2), (low_4, high_4) = found["after_2"], found["after_4"]
+    return (
+        f"{who}: since step 1, CAS rises by {low_2:+.2f} to {high_2:+.2f} points after step 2 and by {low_4:+.2f} to "
+        f"{high_4:+.2f} after step 4; step 2 saves up to {found['time_saved_after_2_percent']:.1f} % of the generation time."
+    )
+
+
+# --------------------------------------------------------------------------------------------- text of tables
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How one text format marks the best cell, the best synthetic cell and a plus-minus."""
+
+    bold: Callable[[str], str]
+    underline: Callable[[str], str]
+    plus_minus: str
+
+
+MARKDOWN = Markup("**{}**".format, "<u>{}</u>".format, " ± ")
+LATEX = Markup(r"\textbf{{{}}}".format, r"\underline{{{}}}".format, r" $\pm$ ")
+PLAIN = Markup("{}*".format, "{}°".format, " ± ")
+
+
+def cas_text(row: Mapping, markup: Markup) -> str:
+    deviation = "" if pd.isna(row["deviation"]) else f"{markup.plus_minus}{row['deviation']:.2f}"
+    return f"{row['cas']:.2f}{deviation}"
+
+
+def laid_out(table: pd.DataFrame, published: Mapping, columns: list[str], markup: Markup, synthetic: list[str]) -> pd.DataFrame:
+    """One line an experiment and, for the paper's data sets, the paper's line, the difference, or `not run`.
+
+    The best value of a line is bold; if `synthetic` names columns, the best of those is underlined.
+    """
+    lines = []
+    ours = {name: rows.set_index("cell") for name, rows in table.groupby("experiment", sort=False)} if len(table) else {}
+
+    def line(title, who, numbers: Mapping[str, float], texts: Mapping[str, str]):
+        best = max(numbers.values(), default=math.nan)
+        best_synthetic = max((numbers[c] for c in synthetic if c in numbers), default=math.nan)
+        marked = {}
+        for column in columns:
+            text = texts.get(column, "")
+            if column in synthetic and numbers.get(column) == best_synthetic:
+                text = markup.underline(text)
+            marked[column] = markup.bold(text) if column in numbers and numbers[column] == best else text
+        lines.append({"data set": title, "who": who, **marked})
+
+    datasets = list(dict.fromkeys([*(table.dataset if len(table) else []), *published]))
+    for dataset in datasets:
+        title = paper.DATASET_TITLES.get(dataset, dataset)
+        if dataset in published:
+            numbers = {c: published[dataset][c] for c in columns if c in published[dataset]}
+            line(title, "paper", numbers, {c: f"{v:.2f}" for c, v in numbers.items()})
+        run = [rows for rows in ours.values() if rows.dataset.iloc[0] == dataset]
+        for rows in run:
+            who = f"{rows.experiment.iloc[0]}: {rows.base_model.iloc[0]}, {rows.protocol.iloc[0]}"
+            line(title, who, rows.cas.to_dict(), {c: cas_text(row, markup) for c, row in rows.iterrows()})
+            if dataset in published:
+                line(title, "difference", {}, {c: f"{d:+.2f}" for c, d in rows.difference.items() if not pd.isna(d)})
+        if not run:
+            lines.append({"data set": title, "who": "ours: not run", **dict.fromkeys(columns, "")})
+    return pd.DataFrame(lines)
+
+
+def table_1_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
+    """Table 1 as text: CAS of the four steps, then generation seconds."""
+    text = laid_out(table, paper.TABLE_1_CAS, list(STEPS_OF_TABLE_1), markup, synthetic=[])
+    times = {"after_1": "time 1 (s)", "after_2": "time 2, 3 (s)", "after_4": "time 4 (s)"}
+    for cell, title in times.items():
+        key = "after_2_or_3" if cell == "after_2" else cell
+        text[title] = [time_text(table, row, cell, key) for _, row in text.iterrows()]
+    return text.rename(columns={name: name.replace("_", " ").capitalize() for name in STEPS_OF_TABLE_1})
+
+
+def time_text(table: pd.DataFrame, line: Mapping, cell: str, key: str) -> str:
+    names = {title: name for name, title in paper.DATASET_TITLES.items()}
+    if line["who"] == "paper":
+        return f"{paper.TABLE_1_SECONDS[names[line['data set']]][key]:,}"
+    if ":" not in line["who"] or line["who"] == "ours: not run":
+        return ""
+    experiment = line["who"].split(":")[0]
+    return f"{table[(table.experiment == experiment) & (table.cell == cell)].seconds.iloc[0]:,.1f}"
+
+
+def table_2_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
+    """Table 2 as text: real, then x1 ... x10."""
+    most = max([10, *(int(c[1:]) for c in table.cell if c != "real")] if len(table) else [10])
+    synthetic = [f"x{k}" for k in range(1, most + 1)]
+    return laid_out(table, paper.TABLE_2, ["real", *synthetic], markup, synthetic).rename(columns={"real": "Real"})
+
+
+def to_markdown(text: pd.DataFrame) -> str:
+    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def to_latex(text: pd.DataFrame) -> str:
+    columns = "ll" + "r" * (len(text.columns) - 2)
+    escaped = [[str(cell).replace("%", r"\%").replace("_", r"\_") for cell in row] for row in text.to_numpy().tolist()]
+    body = [" & ".join(row) + r" \\" for row in [list(text.columns), *escaped]]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
+
+
+def notes(experiments: list[Experiment]) -> list[str]:
+    """What has to stand under the tables: protocol, error bars, the majority line, and every cut."""
+    lines = [METRICS_NOTE]
+    for experiment in experiments:
+        data, s = experiment.metrics("data"), experiment.settings
+        n = data["counts"]["test"]
+        readings = len((s.run_folder / "test_readings.jsonl").read_text().splitlines())
+        seen = "validation images; the test set only filled the tables" if s.protocol == "sealed" else "the *test set* (the paper's way)"
+        lines.append(
+            f"{s.experiment}: protocol `{s.protocol}`: every decision saw {seen} ({readings} readings on record). Base model "
+            f"{data['base_model']}; {sum(n)} test images; always answering the commonest class scores "
+            f"{100 * data['majority_share_test']:.1f} %; classifier images {s.image_size} px."
+        )
+        cuts = ", ".join(f"`{name}` {value} ({default})" for name, (value, default) in s.deviations().items())
+        lines.append(f"{s.experiment}: settings that differ from the paper's, which are in brackets: {cuts}.")
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------- figure 1
+
+
+def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
+    """Importances of each search, averaged over forests: a row an experiment, search and parameter, the paper's too."""
+    rows = []
+    for experiment in experiments:
+        for name, search in experiment.searches().items():
+            effects = main_effects(fanova(search, experiment.settings.importance_forests))
+            common = dict(who=experiment.settings.experiment, search=name, n=len(search["trials"]))
+            rows += [dict(common, parameter=p, importance=effects[p].mean(), spread=effects[p].std()) for p in PARAMETERS]
+    for name, published in (("search_1", paper.FIGURE_1_SEARCH_1), ("search_2", paper.FIGURE_1_SEARCH_2)):
+        for dataset, values in published.items():
+            common = dict(who=f"paper: {dataset}", search=name, n=50 if name == "search_1" else 40)
+            rows += [dict(common, parameter=p, importance=values[p], spread=np.nan) for p in PARAMETERS]
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def save_text(path: Path, text: str) -> Path:
+    with written_beside(path) as beside:
+        beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    return path
+
+
+def save_table(folder: Path, name: str, title: str, table: pd.DataFrame, layout: Callable, remarks: list[str]) -> list[Path]:
+    """`name`.csv (tidy numbers), .md, .tex and .png of one table, the remarks under it."""
+    with written_beside(folder / f"{name}.csv") as beside:
+        table.to_csv(beside, index=False, float_format="%.6g")
+    marks = "Bold: best of the line" + ("; underlined: best synthetic." if name == "table_2" else ".")
+    below = "\n\n".join([marks, *remarks])
+    save_text(folder / f"{name}.md", f"# {title}\n\n{to_markdown(layout(table, MARKDOWN))}\n\n{below}")
+    comments = "\n".join(f"% {remark}" for remark in [title, marks, *remarks])
+    save_text(folder / f"{name}.tex", f"{comments}\n{to_latex(layout(table, LATEX))}")
+    draw_table(layout(table, PLAIN), title, folder / f"{name}.png")
+    return [folder / f"{name}.{kind}" for kind in ("csv", "md", "tex", "png")]
+
+
+def draw_table(text: pd.DataFrame, title: str, path: Path) -> None:
+    """A picture of a table: `*` in the text is drawn bold, `°` underlined, the lines of the paper grey."""
+    from matplotlib.figure import Figure
+
+    widths = [max(len(str(v)) for v in [column, *text[column]]) + 2 for column in text.columns]
+    figure = Figure(figsize=(0.085 * sum(widths), 0.26 * (len(text) + 3)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, sum(widths))
+    axes.set_ylim(len(text) + 2.4, 0)
+    axes.text(0.5, 0.5, title, weight="bold", size=9, va="center")
+    starts = np.cumsum([0, *widths[:-1]]) + 1
+    for start, column in zip(starts, text.columns, strict=True):
+        axes.text(start, 1.5, column, weight="bold", size=8, va="center")
+    axes.plot([0, sum(widths)], [2, 2], color="black", lw=0.8)
+    for index, (_, row) in enumerate(text.iterrows()):
+        y = index + 2.6
+        grey = row["who"] in ("paper", "ours: not run", "difference")
+        for start, column in zip(starts, text.columns, strict=True):
+            shown = str(row[column])
+            plain = shown.replace("*", "").replace("°", "")
+            weight = "bold" if "*" in shown else "normal"
+            axes.text(start, y, plain, size=8, va="center", weight=weight, color="0.45" if grey else "black")
+            if "°" in shown:
+                axes.plot([start, start + 0.82 * len(plain)], [y + 0.38] * 2, lw=0.8, color="0.45" if grey else "black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
+
+
+def draw_scaling(table: pd.DataFrame, title: str):
+    """CAS against the size of the synthetic set, beside the same recipe on real images."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    real, synthetic = table[table.cell == "real"].iloc[0], table[table.cell != "real"]
+    k = synthetic.cell.str[1:].astype(int)
+    axes.axhline(real.cas, color="black", lw=1.2, label=f"real training set: {real.cas:.1f} %")
+    axes.axhspan(real.cas - real.deviation, real.cas + real.deviation, color="black", alpha=0.1, lw=0)
+    axes.errorbar(k, synthetic.cas, synthetic.deviation.fillna(0), marker="o", capsize=3, color="C0", label="synthetic only (test)")
+    axes.plot(k, synthetic.validation, ":", color="C0", alpha=0.7, label="synthetic only (validation)")
+    chosen = synthetic[synthetic.chosen].iloc[0]
+    axes.plot(int(chosen.cell[1:]), chosen.cas, "o", ms=13, mfc="none", mec="C3", label=f"chosen on validation: {chosen.cell}, {chosen.cas:.1f} %")
+    axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)", title=title)
+    axes.set_xticks(k)
+    axes.legend(loc="lower right", fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def draw_steps(table: pd.DataFrame, real: float, title: str):
+    """CAS after each step of the pipeline."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    bars = axes.bar(range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
+    for bar, row in zip(bars, table.itertuples(), strict=True):
+        text = f"{row.cas:.1f} %\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}\n{row.seconds:.0f} s"
+        axes.text(bar.get_x() + bar.get_width() / 2, 3, text, ha="center", va="bottom", size=8)
+    axes.axhline(real, color="black", lw=1.2)
+    axes.text(-0.45, real + 0.7, f"real images: {real:.1f} %", size=8)
+    labels = ["After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search"]
+    axes.set_xticks(range(4), labels)
+    axes.set(ylabel="CAS (%)", ylim=(0, 108), title=title)
+    figure.tight_layout()
+    return figure
+
+
+def draw_importances(effects: pd.DataFrame):
+    """Figure 1: mean importance of each parameter in the two searches, the experiments beside the paper."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    shown = effects.assign(
+        parameter=effects.parameter.map(LABELS), source=np.where(effects.who.str.startswith("paper"), "paper (6 data sets)", "ours")
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for ax, (search, title) in zip(axes, (("search_1", "initial search"), ("search_2", "final search")), strict=True):
+        part = shown[shown.search == search]
+        order = ["UGS", "epoch", "IS"]
+        sns.barplot(part, x="parameter", y="importance", hue="source", order=order, hue_order=["ours", "paper (6 data sets)"],
+                    errorbar=None, palette=["C0", "0.7"], ax=ax)  # fmt: skip
+        sns.stripplot(part, x="parameter", y="importance", hue="source", order=order, hue_order=["ours", "paper (6 data sets)"],
+                      dodge=True, palette=["black", "0.35"], size=3, legend=False, ax=ax)  # fmt: skip
+        ax.set(title=title, xlabel="", ylabel="share of the main effects (fANOVA)", ylim=(0, 1))
+    axes[1].get_legend().remove()
+    axes[0].legend(title="", fontsize=8)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,310 @@
+"""An experiment's folder: which steps are finished, from what they were made, who is at work, how far it is.
+
+    runs/<experiment>/settings.yaml        what the last opened step was run with
+                      records/01.json      a step: its settings, what it was made from, its files with their hashes
+                      progress.json        the step inside, for `sdlab run`
+                      test_readings.jsonl  each reading of the test set
+
+Files are written beside and renamed into place, so a half file is never read. Nothing here imports torch.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from sdlab.settings import BadInput, Settings
+
+PACKAGES = ("torch", "diffusers", "optuna", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook: its number and name, and the steps whose files it reads."""
+
+    number: str
+    name: str
+    upstream: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        return f"{self.number}_{self.name}"
+
+
+STEPS = {
+    step.number: step
+    for step in (
+        Step("00", "data_and_base_model", ()),
+        Step("01", "class_encoder", ("00",)),
+        Step("02", "first_search", ("01",)),
+        Step("03", "fine_tuning", ("02",)),
+        Step("04", "final_search", ("03",)),
+        Step("05", "scaling", ("04",)),
+        Step("06", "importance", ("02", "04")),
+        Step("07", "paper_tables", ("05", "06")),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or folder under; renamed into place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    if beside.is_dir():  # left by a process that was killed: never read, only ours
+        shutil.rmtree(beside)
+    yield beside
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, how_to_make: str = "") -> Any:
+    """Raises `BadInput` if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing{': ' + how_to_make if how_to_make else '.'}") from None
+    except (ValueError, UnicodeDecodeError):
+        raise BadInput(f"{path} is damaged (it is not JSON): move it away and run its step again.") from None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# -------------------------------------------------------------------------------------------------- records
+
+
+def record_path(settings: Settings, number: str) -> Path:
+    return settings.run_folder / "records" / f"{number}.json"
+
+
+def read_record(settings: Settings, number: str) -> dict | None:
+    path = record_path(settings, number)
+    return read_json(path) if path.exists() else None
+
+
+def digest(record: dict) -> str:
+    """What a step is, to those that come after it: its settings, its own upstream, its files."""
+    outputs = {name: output["sha256"] for name, output in record["outputs"].items()}
+    return sha256_of_json([record["settings"], record["upstream"], outputs])
+
+
+def differences(settings: Settings, number: str, record: dict) -> str:
+    """How the settings of a step differ from those it was made with, in words; empty if they do not."""
+    ours = settings.of_step(number)
+    missing = object()
+    changed = [
+        f"{name} {theirs!r} -> {ours.get(name)!r}"
+        for name, theirs in record["settings"].items()
+        if ours.get(name, missing) != theirs
+    ]
+    changed += [f"{name} (new) {ours[name]!r}" for name in ours.keys() - record["settings"].keys()]
+    return ", ".join(changed)
+
+
+@dataclass(frozen=True)
+class StepState:
+    """`state` is one of `done`, `begun`, `not run`, `stale`, `damaged`; `why` is empty for `done` and `not run`."""
+
+    state: str
+    why: str = ""
+    seconds: float = 0.0
+
+
+def step_state(settings: Settings, number: str) -> StepState:
+    """What a step's record and files say, against the present settings and its upstream."""
+    record = read_record(settings, number)
+    if record is None:
+        return StepState("not run")
+    changed = differences(settings, number, record)
+    if changed:
+        return StepState("stale", f"made with other settings: {changed}")
+    for upstream in STEPS[number].upstream:
+        state = step_state(settings, upstream)
+        if state.state != "done":
+            return StepState("stale", f"{STEPS[upstream].stem} is {state.state}")
+        if record["upstream"].get(upstream) != digest(read_record(settings, upstream)):
+            return StepState("stale", f"{STEPS[upstream].stem} was made anew since")
+    if not record["finished"]:
+        return StepState("begun", "not finished: it goes on where it was")
+    for name, output in record["outputs"].items():
+        path = settings.run_folder / name
+        if not path.is_file():
+            return StepState("damaged", f"{name} is missing")
+        if path.stat().st_size != output["bytes"]:
+            return StepState("damaged", f"{name} has {path.stat().st_size} bytes instead of {output['bytes']}")
+    return StepState("done", seconds=record["seconds"])
+
+
+# ----------------------------------------------------------------------------------------------------- lock
+
+
+class Lock:
+    """Held by one process at a time; the system releases it when that process ends, however it ends."""
+
+    def __init__(self, path: Path, folder: Path, what: str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise BadInput(
+                f"The experiment folder {folder} is in use by {holder}: wait for it, stop it, "
+                "or give this run another `experiment` name."
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"{what} (process {os.getpid()} on {socket.gethostname()}, since {now()})")
+        self.file.flush()
+
+    def release(self) -> None:
+        if not self.file.closed:
+            self.file.truncate(0)
+            self.file.close()
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+class FileProgress(tqdm):
+    """A tqdm bar that also says in a small file how far it is, since a kernel's bars do not reach the terminal."""
+
+    def __init__(self, *args, file_path: Path, **kwargs):
+        self.file_path, self.written = file_path, 0.0
+        # `sdlab run` shows the file and wants no bars in the executed notebooks.
+        kwargs.setdefault("disable", False)
+        self.silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
+        if self.silent:
+            kwargs.update(file=open(os.devnull, "w"), gui=False)  # noqa: SIM115 (lives as long as the bar)
+        super().__init__(*args, leave=False, **kwargs)
+        self.say()
+
+    def update(self, n=1):
+        shown = super().update(n)
+        self.say()
+        return shown
+
+    def say(self) -> None:
+        if time.monotonic() - self.written < 0.5 and self.n != self.total:
+            return
+        self.written = time.monotonic()
+        rate = self.format_dict["rate"] or (self.n / max(self.format_dict["elapsed"], 1e-9))
+        said = dict(desc=self.desc, n=self.n, total=self.total, unit=self.unit, rate=rate, time=time.time())
+        # Only a display: a disk that is full must not stop the work for it.
+        with contextlib.suppress(OSError):
+            write_json(self.file_path, said)
+
+
+# ------------------------------------------------------------------------------------------------------ run
+
+
+class Run:
+    """One step of one experiment, opened by its notebook: `run = Run(settings, "02_first_search")`.
+
+    Opening checks before it writes: the steps this one reads are finished, made with the present settings, and
+    complete; if this step was begun or finished before, it was with the same settings; nobody else is at work.
+    Raises `BadInput` otherwise. A finished step opens for reading only and its functions load what they once made.
+    """
+
+    def __init__(self, settings: Settings, stem: str):
+        self.settings, self.step, self.folder = settings, STEPS[stem[:2]], settings.run_folder
+        for number in self.step.upstream:
+            state, upstream = step_state(settings, number), STEPS[number]
+            if state.state in ("not run", "begun"):
+                raise BadInput(
+                    f"{self.step.stem} reads what {upstream.stem} writes, which is {state.state} in {self.folder}: "
+                    f"run {upstream.stem} first (`sdlab run` takes them in order)."
+                )
+            if state.state != "done":
+                raise BadInput(f"{upstream.stem} is {state.state} in {self.folder} ({state.why}): {self.way_out(state, upstream)}")
+        state = step_state(settings, self.step.number)
+        if state.state == "stale":
+            raise BadInput(f"{self.step.stem} is stale in {self.folder} ({state.why}): {self.way_out(state, self.step)}")
+        self.finished = state.state == "done"
+        self.started, self.lock = time.monotonic(), None
+        if not self.finished:
+            self.begin()
+        self.progress = functools.partial(FileProgress, file_path=self.folder / "progress.json")
+
+    @staticmethod
+    def way_out(state: StepState, step: Step) -> str:
+        if state.state == "damaged":
+            return f"run {step.stem} again, which makes what is missing."
+        return "give the changed experiment a name of its own, undo the change, or move the old folder away."
+
+    def begin(self) -> None:
+        self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
+        before = read_record(self.settings, self.step.number)
+        with written_beside(self.folder / "settings.yaml") as beside:
+            beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
+        self.record = dict(
+            step=self.step.stem,
+            settings=self.settings.of_step(self.step.number),
+            upstream={n: digest(read_record(self.settings, n)) for n in self.step.upstream},
+            outputs={},
+            begun=before["begun"] if before else now(),
+            finished=None,
+            seconds=before["seconds"] if before else 0.0,
+            versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        )
+        write_json(record_path(self.settings, self.step.number), self.record)
+
+    def finish(self, *outputs: Path) -> None:
+        """Record the step as finished with these files and folders (all files below them), and let the folder go."""
+        if self.finished:
+            return
+        files = [path for output in outputs for path in ([output] if output.is_file() else sorted(output.rglob("*")))]
+        self.record["outputs"] = {
+            path.relative_to(self.folder).as_posix(): dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
+            for path in files
+            if path.is_file()
+        }
+        self.record["finished"] = now()
+        self.record["seconds"] += round(time.monotonic() - self.started, 1)
+        write_json(record_path(self.settings, self.step.number), self.record)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        self.finished = True
+        self.lock.release()
+
+    def metrics(self, name: str) -> Path:
+        """Where a result is kept: `metrics/<name>.json`."""
+        return self.folder / "metrics" / f"{name}.json"
+
+    def note_test_reading(self, what: str) -> None:
+        """The sealed protocol promises that the test set only fills the tables: each reading is on record."""
+        with (self.folder / "test_readings.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(time=now(), step=self.step.stem, what=what)) + "\n")

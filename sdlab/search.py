@@ -1,0 +1,243 @@
+"""Ranges of steps, guidance and epochs -> an Optuna study: steps 2 and 4 of the paper.
+
+The resource of a trial is its images: it is scored at each rung (`Settings.rungs()`), reports the CAS, and is pruned
+there if it falls behind; a higher rung extends the lower one's images. All trials use the same noise, so they differ
+by their settings alone. What a trial saw is kept with it for optuna-dashboard.
+
+Repeatable and resumable: every ask is seeded from (seed, search, trial number), and a trial that was cut short goes on
+under its own number.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.trial import Trial, TrialState
+
+from sdlab.base_models import BaseModel
+from sdlab.datasets import ImageDataset
+from sdlab.evaluation import OperatingPoint, found_point, judge, make_set, sheet
+from sdlab.run import Run, read_json, write_json
+from sdlab.settings import BadInput, Settings
+from sdlab.training import derive_seed
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What one search may choose; all bounds inclusive."""
+
+    num_inference_steps: tuple[int, int]
+    guidance_scale: tuple[float, float]
+    epoch: tuple[int, int]
+
+
+def first_ranges(settings: Settings) -> Ranges:
+    """Step 2: IS in [5, 50], UGS in [0, 7.5], any Class-Encoder epoch."""
+    return Ranges(
+        (settings.search_min_steps, settings.search_max_steps),
+        (0.0, settings.search_max_guidance),
+        (settings.search_1_min_epoch, settings.search_1_max_epoch or settings.class_encoder_epochs),
+    )
+
+
+def final_ranges(settings: Settings, optimum: OperatingPoint) -> Ranges:
+    """Step 4: IS in [5, IS*], UGS in [0, 2 UGS*], any UNet epoch, * being the optimum of step 2.
+
+    A range may have shrunk to one value (IS* = 5, UGS* = 0): then that value is used.
+    """
+    return Ranges(
+        (min(settings.search_min_steps, optimum.num_inference_steps), optimum.num_inference_steps),
+        (0.0, 2 * optimum.guidance_scale),
+        (settings.search_2_min_epoch, settings.search_2_max_epoch or settings.unet_epochs),
+    )
+
+
+def new_pruner(settings: Settings) -> optuna.pruners.BasePruner:
+    """Of the resource `images`: rungs at `Settings.rungs()`."""
+    if settings.search_pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(
+            min_resource=settings.search_first_images,
+            max_resource=settings.search_images,
+            reduction_factor=settings.search_reduction_factor,
+        )
+    if settings.search_pruner == "successive_halving":
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=settings.search_first_images, reduction_factor=settings.search_reduction_factor
+        )
+    return optuna.pruners.NopPruner()
+
+
+def new_sampler(settings: Settings, search: str, number: int) -> optuna.samplers.BaseSampler:
+    """TPE whose stream depends on the trial's number alone, so a restarted search asks what it would have asked."""
+    return optuna.samplers.TPESampler(
+        seed=derive_seed(settings.seed, search, number) % 2**32, n_startup_trials=settings.search_startup_trials
+    )
+
+
+def study_name(settings: Settings, search: str) -> str:
+    """Fixed, since Hyperband hashes it to choose a trial's bracket."""
+    return f"{settings.experiment}-{search}"
+
+
+def open_study(settings: Settings, search: str) -> optuna.Study:
+    """Create or load. Raises `BadInput` for a storage that cannot be reached."""
+    try:
+        return optuna.create_study(
+            storage=settings.storage_url,
+            study_name=study_name(settings, search),
+            direction="maximize",
+            pruner=new_pruner(settings),
+            load_if_exists=True,
+        )
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+        raise BadInput(
+            f"The storage {settings.storage_url} cannot be opened ({str(error).splitlines()[0]}): "
+            "check the `storage` setting; empty means SQLite in the experiment's folder."
+        ) from None
+
+
+def run_search(
+    run: Run,
+    base: BaseModel,
+    data: ImageDataset,
+    search: str,
+    ranges: Ranges,
+    trials: int,
+    point_of: Callable[[int, int, float], OperatingPoint],
+) -> dict:
+    """Run or go on with a search until `trials` trials are finished; its result is kept in `metrics/<search>.json`.
+
+    `point_of(epoch, num_inference_steps, guidance_scale)` says which checkpoints an epoch means.
+    """
+    path = run.metrics(search)
+    if path.exists():
+        return read_json(path)
+    settings = run.settings
+    study = open_study(settings, search)
+    artifacts = FileSystemArtifactStore(base_path=artifact_folder(run.folder))
+    with run.progress(total=trials, desc=search.replace("_", " "), unit="trial") as bar:
+        for number in range(trials):
+            study.sampler = new_sampler(settings, search, number)
+            trial = next_trial(study, number)
+            if trial is not None:
+                run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
+            bar.update()
+    result = export(study, settings, ranges, point_of)
+    write_json(path, result)
+    return result
+
+
+def artifact_folder(folder: Path) -> Path:
+    """Where the trials' pictures lie, for optuna-dashboard."""
+    path = folder / "artifacts"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def next_trial(study: optuna.Study, number: int) -> Trial | None:
+    """The trial of this number: a new one, the one that was cut short, or None if it is finished."""
+    existing = study.get_trials(deepcopy=False)
+    if number == len(existing):
+        return study.ask()
+    frozen = existing[number]
+    return None if frozen.state.is_finished() else Trial(study, frozen._trial_id)
+
+
+def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts) -> None:
+    """Generate, train, report at each rung, until the last one or until pruned."""
+    settings, started = run.settings, time.perf_counter()
+    steps = trial.suggest_int("num_inference_steps", *ranges.num_inference_steps)
+    guidance = trial.suggest_float("guidance_scale", *ranges.guidance_scale)
+    epoch = trial.suggest_int("epoch", *ranges.epoch)
+    point = point_of(epoch, steps, guidance)
+    split = objective_split(settings.protocol)
+    if split == "test":
+        run.note_test_reading(f"{study.study_name}, trial {trial.number}: the paper's protocol maximises test accuracy")
+    seed = derive_seed(settings.seed, "search")
+    state, images = TrialState.COMPLETE, 0
+    for images in settings.rungs():
+        made = make_set(run, base, data, point, images, seed, desc=f"trial {trial.number}")
+        scored = judge(made.split(images), data, settings, [derive_seed(settings.seed, "search classifier")], [split], searching=True)
+        value = scored[split][0].accuracy
+        with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
+            warnings.simplefilter("ignore")
+            trial.report(value, step=images)
+        if images < settings.search_images and trial.should_prune():
+            state = TrialState.PRUNED
+            break
+    picture = sheet(made.split(min(images, 5 * data.num_classes)), run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png")
+    kept = dict(
+        point=asdict(point),
+        images=images,
+        split=split,
+        synthetic=made.folder.name,
+        generation_seconds=round(made.seconds(images), 2),
+        trial_seconds=round(time.perf_counter() - started, 2),
+        balanced_accuracy=scored[split][0].balanced,
+        recall=[round(r, 4) for r in scored[split][0].recall],
+    )
+    for name, attribute in kept.items():
+        trial.set_user_attr(name, attribute)
+    if "artifact" not in trial.user_attrs:
+        trial.set_user_attr("artifact", upload_artifact(artifact_store=artifacts, file_path=str(picture), study_or_trial=trial))
+    study.tell(trial.number, value if state == TrialState.COMPLETE else None, state=state)
+
+
+def objective_split(protocol: str) -> str:
+    """`sealed`: validation data; `paper`: the test set (METHOD, item 3)."""
+    return {"sealed": "val", "paper": "test"}[protocol]
+
+
+def export(study: optuna.Study, settings: Settings, ranges: Ranges, point_of) -> dict:
+    """A finished search as plain data: what the notebooks, the importances and the tables read."""
+    trials = study.get_trials(deepcopy=False)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    best = study.best_trial
+    steps, guidance, epoch = (best.params[name] for name in ("num_inference_steps", "guidance_scale", "epoch"))
+    seen = sum(t.user_attrs["images"] for t in trials)
+    return dict(
+        study=study.study_name,
+        protocol=settings.protocol,
+        ranges=asdict(ranges),
+        rungs=settings.rungs(),
+        counts=dict(trials=len(trials), complete=len(complete), pruned=len(trials) - len(complete)),
+        images=dict(generated=seen, without_pruning=len(trials) * settings.search_images),
+        best=dict(number=best.number, value=best.value, point=asdict(point_of(epoch, steps, guidance))),
+        trials=[
+            dict(
+                number=t.number,
+                state=t.state.name.lower(),
+                params=t.params,
+                value=t.value,
+                intermediate={str(k): v for k, v in sorted(t.intermediate_values.items())},
+                generation_seconds=t.user_attrs["generation_seconds"],
+                trial_seconds=t.user_attrs["trial_seconds"],
+            )
+            for t in trials
+        ],
+    )
+
+
+def search_class_encoder(run: Run, base: BaseModel, data: ImageDataset) -> dict:
+    """Step 2: the best Class-Encoder epoch, IS and UGS."""
+    settings = run.settings
+    return run_search(
+        run, base, data, "search_1", first_ranges(settings), settings.search_1_trials,
+        lambda epoch, steps, guidance: OperatingPoint(epoch, 0, steps, guidance),
+    )  # fmt: skip
+
+
+def search_unet(run: Run, base: BaseModel, data: ImageDataset) -> dict:
+    """Step 4: the best UNet epoch, IS and UGS, the Class-Encoder staying that of step 2's optimum."""
+    settings, optimum = run.settings, found_point(run, "search_1")
+    return run_search(
+        run, base, data, "search_2", final_ranges(settings, optimum), settings.search_2_trials,
+        lambda epoch, steps, guidance: OperatingPoint(optimum.class_encoder_epoch, epoch, steps, guidance),
+    )  # fmt: skip

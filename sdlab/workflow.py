@@ -1,0 +1,270 @@
+"""`sdlab` on the command line: runs the notebooks in order with papermill, and says what is done."""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import click
+import yaml
+from tqdm import tqdm
+
+from sdlab.datasets import check_name
+from sdlab.run import STEPS, Lock, Step, step_state
+from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
+
+NOTEBOOKS = PROJECT_ROOT / "notebooks"
+
+
+class OneSentence(click.Group):
+    """A `BadInput` is shown as its one sentence, with exit code 1; `--debug` shows where it came from."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """A small labelled image set -> a synthetic one that trains a classifier as well.
+
+    EXPERIMENT is a name in params/ (digits) or the path of a parameter file.
+    """
+
+
+def with_settings(command):
+    """The argument EXPERIMENT and the option -p, as `settings`."""
+
+    @click.argument("experiment")
+    @click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top.")
+    @click.pass_context
+    def wrapped(ctx, experiment, given, **kwargs):
+        on_top = {name: yaml.safe_load(value) for name, value in given}
+        return ctx.invoke(command, settings=Settings.from_file(parameter_file(experiment), **on_top), **kwargs)
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__click_params__ = getattr(wrapped, "__click_params__", []) + getattr(command, "__click_params__", [])
+    return wrapped
+
+
+# ------------------------------------------------------------------------------------------------------ run
+
+
+@cli.command()
+@with_settings
+@click.option("--until", default="07", show_default=True, help="Last notebook to run, by number.")
+def run(settings: Settings, until: str) -> None:
+    """Run the notebooks in order; skip what is finished, stop at the first failure."""
+    if until not in STEPS:
+        raise BadInput(f"`--until` is {until!r}: notebooks are {', '.join(STEPS)}.")
+    check_name(settings)
+    os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
+    name = hashlib.sha256(str(settings.run_folder).encode()).hexdigest()[:16]
+    # Not in the run's folder, where a run that is refused may leave nothing.
+    lock = Lock(Path(tempfile.gettempdir()) / f"sdlab-{os.getuid()}-{name}.lock", settings.run_folder, "sdlab run")
+    started, executed = time.monotonic(), 0
+    for step in STEPS.values():
+        if step.number > until:
+            break
+        state = step_state(settings, step.number)
+        if state.state == "done":
+            click.echo(f"{step.stem:<24} finished before, skipped")
+            continue
+        seconds = execute(settings, step)
+        executed += 1
+        click.echo(f"{step.stem:<24} {seconds:7.1f} s")
+    lock.release()
+    if until == max(STEPS):
+        publish(settings)
+        show_tables(settings)
+    click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+def execute(settings: Settings, step: Step) -> float:
+    """One notebook through papermill, its progress shown here. Returns seconds. Raises `BadInput` on its failure."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, Watcher(settings.run_folder / "progress.json", step.stem):
+        output = Path(scratch) / f"{step.stem}.ipynb"
+        try:
+            papermill.execute_notebook(
+                NOTEBOOKS / f"{step.stem}.ipynb", output, parameters=settings.as_dict(), progress_bar=False, cwd=NOTEBOOKS
+            )
+        except PapermillExecutionError as error:
+            kept = keep_executed(settings, output)
+            raise BadInput(failure(step, error, kept)) from None
+        except KeyboardInterrupt:
+            raise BadInput(f"Stopped during {step.stem}: the same command goes on where it was.") from None
+        keep_executed(settings, output)
+    return time.monotonic() - started
+
+
+def failure(step: Step, error, kept: Path | None) -> str:
+    """The failing cell's error in words: a `BadInput` is a sentence already."""
+    if error.ename == "BadInput":
+        return error.evalue
+    where = f"; the executed copy is {shown(kept)}" if kept else ""
+    return f"{step.stem} failed in cell [{error.exec_count}] with {error.ename}: {error.evalue}{where}."
+
+
+def keep_executed(settings: Settings, output: Path) -> Path | None:
+    """Move an executed notebook into the run's folder, machine paths taken out; nothing if the run wrote nothing."""
+    if not settings.run_folder.exists() or not output.exists():
+        return None
+    text = output.read_text(encoding="utf-8")
+    for path in (str(output.parent), str(PROJECT_ROOT)):
+        text = text.replace(json.dumps(path)[1:-1] + "/", "").replace(json.dumps(path)[1:-1], ".")
+    kept = settings.run_folder / "notebooks" / output.name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(text, encoding="utf-8")
+    return kept
+
+
+def publish(settings: Settings) -> None:
+    """Executed notebooks beside the tables, for readers on the web."""
+    settings.report_folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((settings.run_folder / "notebooks").glob("*.ipynb")):
+        shutil.copyfile(path, settings.report_folder / path.name)
+
+
+def show_tables(settings: Settings) -> None:
+    """Print the two tables and where everything is."""
+    for name in ("table_1", "table_2"):
+        text = (settings.report_folder / f"{name}.md").read_text(encoding="utf-8")
+        click.echo("\n" + plain_table(text))
+    click.echo(f"\nFigures: {', '.join(shown(path) for path in sorted(settings.report_folder.glob('*.png')))}")
+    click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {shown(settings.report_folder)}/")
+
+
+def plain_table(markdown: str) -> str:
+    """A Markdown table with aligned columns; lines of data sets that were not run, and the paper's, left out."""
+    lines = []
+    for line in markdown.replace("<u>", "").replace("</u>", "").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| "):
+            lines.append(line)
+        elif cells[1] not in ("paper", "difference", "ours: not run"):
+            lines.append(cells)
+    rows = [line for line in lines if isinstance(line, list)]
+    widths = [max(len(row[i]) for row in rows if set(row[i]) != {"-"}) for i in range(len(rows[0]))]
+    text = []
+    for line in lines:
+        if isinstance(line, list):
+            line = "  ".join(("-" * w if cell == "---" else cell.ljust(w)) for cell, w in zip(line, widths, strict=True))
+        text.append(line)
+    return "\n".join(text)
+
+
+def shown(path: Path) -> str:
+    """A path as a reader wants it: relative to the project if it is in it."""
+    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
+
+
+class Watcher(threading.Thread):
+    """Renders the progress file of a running notebook: a bar on a terminal, now and then a line in a log."""
+
+    def __init__(self, path: Path, stem: str):
+        super().__init__(daemon=True)
+        self.path, self.stem, self.ended, self.bar = path, stem, threading.Event(), None
+        self.on_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Watcher":
+        self.path.unlink(missing_ok=True)
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.join()
+        if self.bar is not None:
+            self.bar.close()
+
+    def run(self) -> None:
+        last_line = time.monotonic()
+        while not self.ended.wait(0.5):
+            try:
+                said = json.loads(self.path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if self.on_terminal:
+                self.draw(said)
+            elif time.monotonic() - last_line > 15:
+                last_line = time.monotonic()
+                click.echo(f"  {self.stem}: {said['desc']} {said['n']}/{said['total']} {said['unit']} ({said['rate']:.3g}/s)", err=True)
+
+    def draw(self, said: dict) -> None:
+        desc = f"{self.stem}: {said['desc']}"
+        if self.bar is None or self.bar.desc != desc + ": " or self.bar.total != said["total"]:
+            if self.bar is not None:
+                self.bar.close()
+            self.bar = tqdm(desc=desc, total=said["total"], initial=said["n"], unit=said["unit"], leave=False)
+        self.bar.n = said["n"]
+        self.bar.refresh()
+
+
+# ------------------------------------------------------------------------------------- status, dashboard, settings
+
+
+@cli.command()
+@with_settings
+def status(settings: Settings) -> None:
+    """What is done, what is stale, and why."""
+    click.echo(f"{settings.experiment} in {shown(settings.run_folder)}, protocol {settings.protocol}")
+    for step in STEPS.values():
+        state = step_state(settings, step.number)
+        if state.state == "done":
+            why = f"{state.seconds:.0f} s"
+        elif state.state == "not run":
+            missing = [STEPS[n].stem for n in step.upstream if step_state(settings, n).state != "done"]
+            why = f"waits for {', '.join(missing)}" if missing else "can run"
+        else:
+            why = state.why
+        click.echo(f"  {step.stem:<24} {state.state:<8} {why}")
+
+
+@cli.command()
+@with_settings
+@click.option("--port", default=8080, show_default=True)
+def dashboard(settings: Settings, port: int) -> None:
+    """Watch the searches in optuna-dashboard, on 127.0.0.1, pictures included."""
+    if not settings.storage and not (settings.run_folder / "searches.db").exists():
+        raise BadInput(f"{settings.experiment} has no search yet: run 02_first_search first (`sdlab run {settings.experiment}`).")
+    command = [str(Path(sys.executable).with_name("optuna-dashboard")), settings.storage_url, "--host", "127.0.0.1"]
+    artifacts = settings.run_folder / "artifacts"
+    if artifacts.is_dir():
+        command += ["--artifact-dir", str(artifacts)]
+    os.execv(command[0], [*command, "--port", str(port)])
+
+
+@cli.command("settings")
+@click.argument("name", required=False)
+def list_settings(name: str | None) -> None:
+    """All settings, with the paper's values; or one."""
+    import dataclasses
+
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    if name and name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        raise BadInput(f"`{name}` is not a setting{f': did you mean `{near[0]}`?' if near else '.'}")
+    for f in [fields[name]] if name else fields.values():
+        default = "(required)" if f.default is dataclasses.MISSING else repr(f.default)
+        click.echo(f"{f.name:<30} {default:<46} {f.metadata['text']}")
+
+
+if __name__ == "__main__":
+    cli()
