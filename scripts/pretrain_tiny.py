@@ -217,7 +217,9 @@ class Trainer:
             self.ema, self.step = kept["ema"], kept["step"]
 
     def save(self) -> None:
-        kept = dict(module=self.module.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step)
+        kept = dict(
+            module=self.module.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step
+        )
         torch.save(kept, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
 
@@ -340,8 +342,10 @@ def export(state: Path, seed: int, threads: int, to: Path) -> None:
     autoencoder, scheduler = load_vae(state), DDIMScheduler(**SCHEDULER)
     both = torch.nn.ModuleDict(dict(unet=new_unet(), text=ThrowawayTextEncoder(len(glyph_bank()[1]))))
     both.load_state_dict(torch.load(state / "unet.pt", weights_only=True)["ema"])
-    autoencoder.save_pretrained(to / "vae")
-    both["unet"].save_pretrained(to / "unet")
+    # Half precision halves what git holds; loading makes float32 of it again, and the samples are drawn with that.
+    for name, model in (("vae", autoencoder), ("unet", both["unet"])):
+        model.half().save_pretrained(to / name)
+        model.float()
     scheduler.save_pretrained(to / "scheduler")
     # Of the text encoder only its shape stays, as SD's config gives it: what a Class-Encoder has to match.
     (to / "text_encoder").mkdir(exist_ok=True)

@@ -58,9 +58,13 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, index = name.partition(":")
-    if not there.get(kind) or (index and not (index.isdigit() and kind == "cuda" and int(index) < torch.cuda.device_count())):
+    if not there.get(kind) or (
+        index and not (index.isdigit() and kind == "cuda" and int(index) < torch.cuda.device_count())
+    ):
         found = ", ".join(k for k, v in there.items() if v)
-        raise BadInput(f"`device` is {name!r}, which this machine does not have: it has {found}; `auto` takes the best.")
+        raise BadInput(
+            f"`device` is {name!r}, which this machine does not have: it has {found}; `auto` takes the best."
+        )
     return torch.device(name)
 
 
@@ -99,19 +103,27 @@ def load_base_model(settings: Settings) -> BaseModel:
     scheduler_config = config_file(folder, "scheduler/scheduler_config.json")
     tokens = config_file(folder, "text_encoder/config.json").get("max_position_embeddings")
     if scheduler_config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise BadInput(f"The base model {source} predicts {scheduler_config['prediction_type']}: epsilon and v_prediction are known.")
+        raise BadInput(
+            f"The base model {source} predicts {scheduler_config['prediction_type']}: epsilon and v_prediction are known."
+        )
     scheduler_config.setdefault("prediction_type", "epsilon")
     parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
     hashes = {}
     for name, kind in parts.items():
         files = sorted((folder / name).glob("*.safetensors"))
         if not files:
-            raise BadInput(f"The base model {source} has no safetensors in {folder / name}: pickled weights are not read.")
+            raise BadInput(
+                f"The base model {source} has no safetensors in {folder / name}: pickled weights are not read."
+            )
         hashes |= {f"{name}/{file.name}": sha256_of_file(file) for file in files}
         try:
-            parts[name] = kind.from_pretrained(folder / name, local_files_only=True, use_safetensors=True).to(device)
+            parts[name] = kind.from_pretrained(
+                folder / name, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+            ).to(device)
         except Exception as error:
-            raise BadInput(f"The base model {source} cannot be loaded from {folder / name}: {first_line(error)}") from None
+            raise BadInput(
+                f"The base model {source} cannot be loaded from {folder / name}: {first_line(error)}"
+            ) from None
         parts[name].requires_grad_(False).eval()
     return BaseModel(source, parts["vae"], parts["unet"], scheduler_config, tokens, hashes)
 

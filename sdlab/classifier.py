@@ -111,7 +111,9 @@ class TrainedClassifier:
     val_accuracy: float
 
 
-def train_classifier(train: Split, val: Split, num_classes: int, recipe: Recipe, seed: int, device="cpu") -> TrainedClassifier:
+def train_classifier(
+    train: Split, val: Split, num_classes: int, recipe: Recipe, seed: int, device="cpu"
+) -> TrainedClassifier:
     """Train ResNet20 on `train`; plateau, stopping and the choice of weights watch the accuracy on `val`.
 
     Adam, label smoothing, reduce-on-plateau x 0.1, early stopping, best weights restored; no augmentation.
@@ -142,7 +144,9 @@ def train_classifier(train: Split, val: Split, num_classes: int, recipe: Recipe,
             losses.append(loss.detach())
         accuracy = float((predict(model, val).argmax(1) == val.labels).mean())
         rate = optimizer.param_groups[0]["lr"]
-        history.append(dict(epoch=epoch, loss=torch.stack(losses).mean().item(), val_accuracy=accuracy, learning_rate=rate))
+        history.append(
+            dict(epoch=epoch, loss=torch.stack(losses).mean().item(), val_accuracy=accuracy, learning_rate=rate)
+        )
         if accuracy > best:
             best, best_weights, since_best, since_drop = accuracy, copy.deepcopy(model.state_dict()), 0, 0
             continue
@@ -193,7 +197,10 @@ def score(model: ResNet20, split: Split) -> Score:
     predicted = logits.argmax(1)
     top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     right = predicted == split.labels
-    recall = tuple(float(right[split.labels == c].mean()) if (split.labels == c).any() else math.nan for c in range(logits.shape[1]))
+    recall = tuple(
+        float(right[split.labels == c].mean()) if (split.labels == c).any() else math.nan
+        for c in range(logits.shape[1])
+    )
     return Score(
         accuracy=float(right.mean()),
         top5=float((top5 == split.labels[:, None]).any(1).mean()),

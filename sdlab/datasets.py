@@ -36,7 +36,7 @@ class ImageDataset:
         for name, split in self.splits.items():
             count, channels = split.images.shape[:2]
             assert split.images.dtype == np.uint8 and channels == 3 and count == len(split.labels), name
-            assert 0 <= split.labels.min() and split.labels.max() < self.num_classes, name
+            assert split.labels.min() >= 0 and split.labels.max() < self.num_classes, name
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -80,7 +80,10 @@ def digits(settings: Settings) -> ImageDataset:
     images, labels = np.repeat(grey, 3, axis=1), labels.astype(np.int64)
     rest, test = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
     train, val = train_test_split(rest, test_size=297, stratify=labels[rest], random_state=0)
-    splits = {name: Split(images[np.sort(i)], labels[np.sort(i)]) for name, i in (("train", train), ("val", val), ("test", test))}
+    splits = {
+        name: Split(images[np.sort(i)], labels[np.sort(i)])
+        for name, i in (("train", train), ("val", val), ("test", test))
+    }
     return ImageDataset("digits", "scikit-learn load_digits (UCI optdigits)", tuple("0123456789"), **splits)
 
 

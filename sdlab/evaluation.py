@@ -18,7 +18,7 @@ from sdlab.datasets import ImageDataset, Split
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, uniform_labels
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
 from sdlab.run import Run, read_json, sha256_of_json, write_json
-from sdlab.settings import BadInput, Settings
+from sdlab.settings import Settings
 from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
 
 
@@ -84,7 +84,12 @@ def make_set(
 
 
 def judge(
-    train: Split, data: ImageDataset, settings: Settings, seeds: Sequence[int], splits: Sequence[str], searching: bool = False
+    train: Split,
+    data: ImageDataset,
+    settings: Settings,
+    seeds: Sequence[int],
+    splits: Sequence[str],
+    searching: bool = False,
 ) -> dict[str, list[Score]]:
     """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed."""
     recipe = Recipe.of(settings, searching)
@@ -119,9 +124,7 @@ def summary(scores: Sequence[Score]) -> dict:
     )
 
 
-def score_point(
-    run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, name: str, title: str
-) -> dict:
+def score_point(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, name: str, title: str) -> dict:
     """One cell of Table 1: fresh noise, several classifier seeds, read on the test set; kept in `metrics/<name>.json`.
 
     The noise is the same for all cells (a paired comparison) and never that of a search.
@@ -150,7 +153,7 @@ def score_point(
     return result
 
 
-def score_split(run: Run, train: Split, data: ImageDataset, name: str, title: str, desc: str) -> dict:
+def score_split(run: Run, train: Split, data: ImageDataset, name: str, title: str) -> dict:
     """A cell of Table 2: the same classifier recipe on a real or synthetic training set; `metrics/<name>.json`."""
     path = run.metrics(name)
     if path.exists():
@@ -173,10 +176,10 @@ def scale_up(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoin
     pool = make_set(run, base, data, point, size * settings.scaling_max, seed, labels, desc="x10 pool")
     cells = []
     with progress(total=settings.scaling_max + 1, desc="train on real, x1, x2 ...", unit="set") as bar:
-        cells.append(score_split(run, data.train, data, "real", "real", "real"))
+        cells.append(score_split(run, data.train, data, "real", "real"))
         bar.update()
         for k in range(1, settings.scaling_max + 1):
-            cells.append(score_split(run, pool.split(k * size), data, f"x{k:02d}", f"x{k}", f"x{k}"))
+            cells.append(score_split(run, pool.split(k * size), data, f"x{k:02d}", f"x{k}"))
             bar.update()
     return cells
 
@@ -205,9 +208,3 @@ def sheet(split: Split, path: Path, rows: int = 5) -> Path:
     image = Image.fromarray(picture)
     image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(path)
     return path
-
-
-def check_epoch(epoch: int, epochs: int, what: str) -> None:
-    """Raises `BadInput` for an epoch that has no checkpoint."""
-    if not 1 <= epoch <= epochs:
-        raise BadInput(f"`{what}` is {epoch}: the checkpoints are epochs 1 to {epochs}.")

@@ -90,7 +90,9 @@ class SyntheticSet:
             if not path.is_file() or str(index) not in shards:
                 raise BadInput(f"{path} is missing: run its step again, which makes it.")
             if sha256_of_file(path) != shards[str(index)]["sha256"]:
-                raise BadInput(f"{path} is truncated or altered: move it away and run its step again, which makes it anew.")
+                raise BadInput(
+                    f"{path} is truncated or altered: move it away and run its step again, which makes it anew."
+                )
             images.append(load_file(path)["images"])
         return Split(np.concatenate(images)[:count], self.plan.labels_of(0, count))
 
@@ -119,7 +121,9 @@ def generate(
     if not missing:
         return made
     pipeline.set_progress_bar_config(disable=True)
-    with progress(total=wanted * plan.shard_size, initial=(wanted - len(missing)) * plan.shard_size, desc=desc, unit="img") as bar:
+    with progress(
+        total=wanted * plan.shard_size, initial=(wanted - len(missing)) * plan.shard_size, desc=desc, unit="img"
+    ) as bar:
         for index in missing:
             first = index * plan.shard_size
             started = time.perf_counter()

@@ -106,7 +106,9 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         """Raises `BadInput`: found, allowed."""
         classes = self.class_encoder.config.num_classes
         if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= classes:
-            raise BadInput(f"`labels` has to be a list of class indices 0 to {classes - 1}; found {labels.tolist()[:8]}.")
+            raise BadInput(
+                f"`labels` has to be a list of class indices 0 to {classes - 1}; found {labels.tolist()[:8]}."
+            )
         if not 1 <= num_inference_steps <= self.scheduler.config.num_train_timesteps:
             raise BadInput(
                 f"`num_inference_steps` is {num_inference_steps}: allowed is 1 to {self.scheduler.config.num_train_timesteps}."
@@ -144,7 +146,9 @@ def make_scheduler(name: str, config: dict) -> SchedulerMixin:
     """
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
-        raise BadInput(f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler.")
+        raise BadInput(
+            f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler."
+        )
     if name == "DDIMScheduler":
         leading = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="leading")
         return kind.from_config(config, **leading)

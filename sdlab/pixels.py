@@ -12,7 +12,9 @@ def to_model(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor, size: int) -> np.ndarray:
     """Decoded images (n, 3, h, w) in [-1, 1] -> uint8 (n, 3, size, size)."""
-    return (resized((images.float().clamp(-1, 1) + 1) * 127.5, size)).round().clamp(0, 255).byte().cpu().numpy()
+    pixels = resized((images.float().clamp(-1, 1) + 1) * 127.5, size).round().clamp(0, 255).byte().cpu()
+    # A decoder may answer in channels-last strides, which safetensors' numpy writer does not see.
+    return np.ascontiguousarray(pixels.numpy())
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:

@@ -169,13 +169,17 @@ def cas_text(row: Mapping, markup: Markup) -> str:
     return f"{row['cas']:.2f}{deviation}"
 
 
-def laid_out(table: pd.DataFrame, published: Mapping, columns: list[str], markup: Markup, synthetic: list[str]) -> pd.DataFrame:
+def laid_out(
+    table: pd.DataFrame, published: Mapping, columns: list[str], markup: Markup, synthetic: list[str]
+) -> pd.DataFrame:
     """One line an experiment and, for the paper's data sets, the paper's line, the difference, or `not run`.
 
     The best value of a line is bold; if `synthetic` names columns, the best of those is underlined.
     """
     lines = []
-    ours = {name: rows.set_index("cell") for name, rows in table.groupby("experiment", sort=False)} if len(table) else {}
+    ours = (
+        {name: rows.set_index("cell") for name, rows in table.groupby("experiment", sort=False)} if len(table) else {}
+    )
 
     def line(title, who, numbers: Mapping[str, float], texts: Mapping[str, str]):
         best = max(numbers.values(), default=math.nan)
@@ -241,7 +245,17 @@ def to_latex(text: pd.DataFrame) -> str:
     columns = "ll" + "r" * (len(text.columns) - 2)
     escaped = [[str(cell).replace("%", r"\%").replace("_", r"\_") for cell in row] for row in text.to_numpy().tolist()]
     body = [" & ".join(row) + r" \\" for row in [list(text.columns), *escaped]]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            body[0],
+            r"\midrule",
+            *body[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
 
 
 def notes(experiments: list[Experiment]) -> list[str]:
@@ -251,7 +265,11 @@ def notes(experiments: list[Experiment]) -> list[str]:
         data, s = experiment.metrics("data"), experiment.settings
         n = data["counts"]["test"]
         readings = len((s.run_folder / "test_readings.jsonl").read_text().splitlines())
-        seen = "validation images; the test set only filled the tables" if s.protocol == "sealed" else "the *test set* (the paper's way)"
+        seen = (
+            "validation images; the test set only filled the tables"
+            if s.protocol == "sealed"
+            else "the *test set* (the paper's way)"
+        )
         lines.append(
             f"{s.experiment}: protocol `{s.protocol}`: every decision saw {seen} ({readings} readings on record). Base model "
             f"{data['base_model']}; {sum(n)} test images; always answering the commonest class scores "
@@ -272,7 +290,9 @@ def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
         for name, search in experiment.searches().items():
             effects = main_effects(fanova(search, experiment.settings.importance_forests))
             common = dict(who=experiment.settings.experiment, search=name, n=len(search["trials"]))
-            rows += [dict(common, parameter=p, importance=effects[p].mean(), spread=effects[p].std()) for p in PARAMETERS]
+            rows += [
+                dict(common, parameter=p, importance=effects[p].mean(), spread=effects[p].std()) for p in PARAMETERS
+            ]
     for name, published in (("search_1", paper.FIGURE_1_SEARCH_1), ("search_2", paper.FIGURE_1_SEARCH_2)):
         for dataset, values in published.items():
             common = dict(who=f"paper: {dataset}", search=name, n=50 if name == "search_1" else 40)
@@ -289,7 +309,9 @@ def save_text(path: Path, text: str) -> Path:
     return path
 
 
-def save_table(folder: Path, name: str, title: str, table: pd.DataFrame, layout: Callable, remarks: list[str]) -> list[Path]:
+def save_table(
+    folder: Path, name: str, title: str, table: pd.DataFrame, layout: Callable, remarks: list[str]
+) -> list[Path]:
     """`name`.csv (tidy numbers), .md, .tex and .png of one table, the remarks under it."""
     with written_beside(folder / f"{name}.csv") as beside:
         table.to_csv(beside, index=False, float_format="%.6g")
@@ -300,6 +322,12 @@ def save_table(folder: Path, name: str, title: str, table: pd.DataFrame, layout:
     save_text(folder / f"{name}.tex", f"{comments}\n{to_latex(layout(table, LATEX))}")
     draw_table(layout(table, PLAIN), title, folder / f"{name}.png")
     return [folder / f"{name}.{kind}" for kind in ("csv", "md", "tex", "png")]
+
+
+def save_figure(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def draw_table(text: pd.DataFrame, title: str, path: Path) -> None:
@@ -340,10 +368,26 @@ def draw_scaling(table: pd.DataFrame, title: str):
     k = synthetic.cell.str[1:].astype(int)
     axes.axhline(real.cas, color="black", lw=1.2, label=f"real training set: {real.cas:.1f} %")
     axes.axhspan(real.cas - real.deviation, real.cas + real.deviation, color="black", alpha=0.1, lw=0)
-    axes.errorbar(k, synthetic.cas, synthetic.deviation.fillna(0), marker="o", capsize=3, color="C0", label="synthetic only (test)")
+    axes.errorbar(
+        k,
+        synthetic.cas,
+        synthetic.deviation.fillna(0),
+        marker="o",
+        capsize=3,
+        color="C0",
+        label="synthetic only (test)",
+    )
     axes.plot(k, synthetic.validation, ":", color="C0", alpha=0.7, label="synthetic only (validation)")
     chosen = synthetic[synthetic.chosen].iloc[0]
-    axes.plot(int(chosen.cell[1:]), chosen.cas, "o", ms=13, mfc="none", mec="C3", label=f"chosen on validation: {chosen.cell}, {chosen.cas:.1f} %")
+    axes.plot(
+        int(chosen.cell[1:]),
+        chosen.cas,
+        "o",
+        ms=13,
+        mfc="none",
+        mec="C3",
+        label=f"chosen on validation: {chosen.cell}, {chosen.cas:.1f} %",
+    )
     axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)", title=title)
     axes.set_xticks(k)
     axes.legend(loc="lower right", fontsize=8)
@@ -357,7 +401,9 @@ def draw_steps(table: pd.DataFrame, real: float, title: str):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    bars = axes.bar(range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
+    bars = axes.bar(
+        range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"]
+    )
     for bar, row in zip(bars, table.itertuples(), strict=True):
         text = f"{row.cas:.1f} %\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}\n{row.seconds:.0f} s"
         axes.text(bar.get_x() + bar.get_width() / 2, 3, text, ha="center", va="bottom", size=8)
@@ -376,7 +422,8 @@ def draw_importances(effects: pd.DataFrame):
     import seaborn as sns
 
     shown = effects.assign(
-        parameter=effects.parameter.map(LABELS), source=np.where(effects.who.str.startswith("paper"), "paper (6 data sets)", "ours")
+        parameter=effects.parameter.map(LABELS),
+        source=np.where(effects.who.str.startswith("paper"), "paper (6 data sets)", "ours"),
     )
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, (search, title) in zip(axes, (("search_1", "initial search"), ("search_2", "final search")), strict=True):

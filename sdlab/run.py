@@ -200,33 +200,40 @@ class Lock:
 # ------------------------------------------------------------------------------------------------- progress
 
 
-class FileProgress(tqdm):
-    """A tqdm bar that also says in a small file how far it is, since a kernel's bars do not reach the terminal."""
+class Progress:
+    """How far a piece of work is, in a small file, since a kernel's bars do not reach the terminal; and a tqdm bar.
 
-    def __init__(self, *args, file_path: Path, **kwargs):
-        self.file_path, self.written = file_path, 0.0
-        # `sdlab run` shows the file and wants no bars in the executed notebooks.
-        kwargs.setdefault("disable", False)
-        self.silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
-        if self.silent:
-            kwargs.update(file=open(os.devnull, "w"), gui=False)  # noqa: SIM115 (lives as long as the bar)
-        super().__init__(*args, leave=False, **kwargs)
+    `sdlab run` renders the file and sets SDLAB_PROGRESS_FILE_ONLY, so that no bars stand in the executed notebooks.
+    """
+
+    def __init__(self, path: Path, total: int, desc: str, unit: str, initial: int = 0):
+        self.path, self.written, self.started = path, 0.0, time.monotonic()
+        self.said = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0)
+        self.initial = initial
+        silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
+        self.bar = None if silent else tqdm(desc=desc, total=total, initial=initial, unit=unit, leave=False)
         self.say()
 
-    def update(self, n=1):
-        shown = super().update(n)
-        self.say()
-        return shown
+    def update(self, n: int = 1) -> None:
+        self.said["n"] += n
+        self.said["rate"] = (self.said["n"] - self.initial) / max(time.monotonic() - self.started, 1e-9)
+        if self.bar is not None:
+            self.bar.update(n)
+        if time.monotonic() - self.written > 0.5:
+            self.say()
 
     def say(self) -> None:
-        if time.monotonic() - self.written < 0.5 and self.n != self.total:
-            return
         self.written = time.monotonic()
-        rate = self.format_dict["rate"] or (self.n / max(self.format_dict["elapsed"], 1e-9))
-        said = dict(desc=self.desc, n=self.n, total=self.total, unit=self.unit, rate=rate, time=time.time())
         # Only a display: a disk that is full must not stop the work for it.
         with contextlib.suppress(OSError):
-            write_json(self.file_path, said)
+            write_json(self.path, self.said)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 # ------------------------------------------------------------------------------------------------------ run
@@ -250,15 +257,19 @@ class Run:
                     f"run {upstream.stem} first (`sdlab run` takes them in order)."
                 )
             if state.state != "done":
-                raise BadInput(f"{upstream.stem} is {state.state} in {self.folder} ({state.why}): {self.way_out(state, upstream)}")
+                raise BadInput(
+                    f"{upstream.stem} is {state.state} in {self.folder} ({state.why}): {self.way_out(state, upstream)}"
+                )
         state = step_state(settings, self.step.number)
         if state.state == "stale":
-            raise BadInput(f"{self.step.stem} is stale in {self.folder} ({state.why}): {self.way_out(state, self.step)}")
+            raise BadInput(
+                f"{self.step.stem} is stale in {self.folder} ({state.why}): {self.way_out(state, self.step)}"
+            )
         self.finished = state.state == "done"
         self.started, self.lock = time.monotonic(), None
         if not self.finished:
             self.begin()
-        self.progress = functools.partial(FileProgress, file_path=self.folder / "progress.json")
+        self.progress = functools.partial(Progress, self.folder / "progress.json")
 
     @staticmethod
     def way_out(state: StepState, step: Step) -> str:

@@ -164,7 +164,14 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
     state, images = TrialState.COMPLETE, 0
     for images in settings.rungs():
         made = make_set(run, base, data, point, images, seed, desc=f"trial {trial.number}")
-        scored = judge(made.split(images), data, settings, [derive_seed(settings.seed, "search classifier")], [split], searching=True)
+        scored = judge(
+            made.split(images),
+            data,
+            settings,
+            [derive_seed(settings.seed, "search classifier")],
+            [split],
+            searching=True,
+        )
         value = scored[split][0].accuracy
         with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
             warnings.simplefilter("ignore")
@@ -172,7 +179,10 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
         if images < settings.search_images and trial.should_prune():
             state = TrialState.PRUNED
             break
-    picture = sheet(made.split(min(images, 5 * data.num_classes)), run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png")
+    picture = sheet(
+        made.split(min(images, 5 * data.num_classes)),
+        run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png",
+    )
     kept = dict(
         point=asdict(point),
         images=images,
@@ -186,7 +196,9 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
     for name, attribute in kept.items():
         trial.set_user_attr(name, attribute)
     if "artifact" not in trial.user_attrs:
-        trial.set_user_attr("artifact", upload_artifact(artifact_store=artifacts, file_path=str(picture), study_or_trial=trial))
+        trial.set_user_attr(
+            "artifact", upload_artifact(artifact_store=artifacts, file_path=str(picture), study_or_trial=trial)
+        )
     study.tell(trial.number, value if state == TrialState.COMPLETE else None, state=state)
 
 

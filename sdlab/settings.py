@@ -91,14 +91,20 @@ class Settings:
     scheduler: str = setting("DDIMScheduler", "any diffusers scheduler, by class name", steps=GENERATING)
     default_num_inference_steps: int = setting(50, "IS before any search (After 1)", steps="01", low=1, high=1000)
     default_guidance_scale: float = setting(7.5, "UGS before any search (After 1)", steps="01", low=0.0, high=100.0)
-    shard_size: int = setting(250, "images a file and a batch; part of what makes a set's bytes", steps=GENERATING, low=1)
+    shard_size: int = setting(
+        250, "images a file and a batch; part of what makes a set's bytes", steps=GENERATING, low=1
+    )
 
     # Steps 2 and 4: the searches.
     search_1_trials: int = setting(50, "trials of step 2", steps="02", low=1)
     search_2_trials: int = setting(50, "trials of step 4 (the authors' code: 40)", steps="04", low=1)
-    search_images: int = setting(4000, "images of a complete trial and of a cell of Table 1", steps="01 02 03 04", low=2)
+    search_images: int = setting(
+        4000, "images of a complete trial and of a cell of Table 1", steps="01 02 03 04", low=2
+    )
     search_first_images: int = setting(500, "images at the first rung, where pruning begins", steps="02 04", low=2)
-    search_reduction_factor: int = setting(2, "each rung has so many times the images of the last", steps="02 04", low=2)
+    search_reduction_factor: int = setting(
+        2, "each rung has so many times the images of the last", steps="02 04", low=2
+    )
     search_pruner: str = setting(
         "hyperband", "how rungs are cut", steps="02 04", choices=("hyperband", "successive_halving", "none")
     )
@@ -107,7 +113,9 @@ class Settings:
     search_max_steps: int = setting(50, "highest IS of step 2", steps="02", low=1, high=1000)
     search_max_guidance: float = setting(7.5, "highest UGS of step 2", steps="02", low=0.0, high=100.0)
     search_1_min_epoch: int = setting(1, "first Class-Encoder epoch searched", steps="02", low=1)
-    search_1_max_epoch: int = setting(0, "last Class-Encoder epoch searched; 0: the last one trained", steps="02", low=0)
+    search_1_max_epoch: int = setting(
+        0, "last Class-Encoder epoch searched; 0: the last one trained", steps="02", low=0
+    )
     search_2_min_epoch: int = setting(1, "first UNet epoch searched", steps="04", low=1)
     search_2_max_epoch: int = setting(0, "last UNet epoch searched; 0: the last one trained", steps="04", low=0)
     search_patience: int = setting(25, "plateau patience in the searches (authors' code)", steps="02 04", low=1)
@@ -122,9 +130,13 @@ class Settings:
     classifier_batch_size: int = setting(256, "images a step", steps=GENERATING, low=1)
     classifier_learning_rate: float = setting(1e-3, "Adam's", steps=GENERATING, low=0.0, high=1.0)
     classifier_label_smoothing: float = setting(0.1, "of the cross entropy", steps=GENERATING, low=0.0, high=0.99)
-    classifier_patience: int = setting(10, "checks without a better validation accuracy until lr x 0.1", steps=GENERATING, low=1)
+    classifier_patience: int = setting(
+        10, "checks without a better validation accuracy until lr x 0.1", steps=GENERATING, low=1
+    )
     classifier_stop_patience: int = setting(25, "checks without a better one until the end", steps=GENERATING, low=1)
-    classifier_seeds: int = setting(3, "classifiers a cell of the tables: mean and deviation", steps="01 02 03 04 05", low=1)
+    classifier_seeds: int = setting(
+        3, "classifiers a cell of the tables: mean and deviation", steps="01 02 03 04 05", low=1
+    )
 
     # Tables and importances.
     scaling_max: int = setting(10, "largest synthetic set, in sizes of the real training set", steps="05", low=1)
@@ -179,7 +191,9 @@ class Settings:
     def check_together(self) -> None:
         """Rules between settings. Raises `BadInput`."""
         if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
-            raise BadInput(f"`experiment` is {self.experiment!r}: it names a folder, so it may hold no / and no leading dot.")
+            raise BadInput(
+                f"`experiment` is {self.experiment!r}: it names a folder, so it may hold no / and no leading dot."
+            )
         if self.search_first_images > self.search_images:
             raise BadInput(
                 f"`search_first_images` is {self.search_first_images}, more than `search_images` ({self.search_images}): "
@@ -190,7 +204,10 @@ class Settings:
                 f"`search_min_steps` is {self.search_min_steps}, more than `search_max_steps` ({self.search_max_steps})."
             )
         for search, epochs, what in ((1, self.class_encoder_epochs, "class_encoder"), (2, self.unet_epochs, "unet")):
-            low, high = getattr(self, f"search_{search}_min_epoch"), getattr(self, f"search_{search}_max_epoch") or epochs
+            low, high = (
+                getattr(self, f"search_{search}_min_epoch"),
+                getattr(self, f"search_{search}_max_epoch") or epochs,
+            )
             if not low <= high <= epochs:
                 raise BadInput(
                     f"`search_{search}_min_epoch` to `search_{search}_max_epoch` is {low} to {high}: "
@@ -244,7 +261,9 @@ def checked(f: dataclasses.Field, value: Any) -> Any:
         hint = ""
         if isinstance(value, str) and is_number(value):
             hint = f" Write {float(value)!r} without quotes; YAML takes an exponent only after a point, as in 1.0e-4."
-        raise BadInput(f"`{f.name}` is {value!r} ({type(value).__name__}), but it has to be {allowed} ({f.metadata['text']}).{hint}")
+        raise BadInput(
+            f"`{f.name}` is {value!r} ({type(value).__name__}), but it has to be {allowed} ({f.metadata['text']}).{hint}"
+        )
     if f.type is float:
         value = float(value)
         if not math.isfinite(value):
@@ -287,7 +306,9 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise BadInput(f"The parameter file {path} is not valid YAML{line}: it holds lines of the form `name: value`.") from None
+        raise BadInput(
+            f"The parameter file {path} is not valid YAML{line}: it holds lines of the form `name: value`."
+        ) from None
     if not isinstance(given, dict):
         raise BadInput(f"The parameter file {path} holds no settings: it needs lines of the form `name: value`.")
     return given

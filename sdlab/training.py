@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, first_line
 from sdlab.class_encoder import ClassEncoder
-from sdlab.latents import Moments
-from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside
+from sdlab.datasets import ImageDataset
+from sdlab.latents import Moments, encode_images
+from sdlab.run import Run, read_json, sha256_of_file, sha256_of_json, write_json, written_beside
 from sdlab.settings import BadInput
 
 
@@ -105,7 +106,9 @@ def train(
                     group["lr"] = cosine(step, all_steps) * plan.learning_rate
                 latents = moments.sample(batch.to(device), generator)
                 noise = torch.randn(latents.shape, generator=generator).to(device)
-                timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),), generator=generator).to(device)
+                timesteps = torch.randint(
+                    0, scheduler.config.num_train_timesteps, (len(batch),), generator=generator
+                ).to(device)
                 # The table of all classes is encoded once and looked up: the same for each image of a class.
                 conditions = class_encoder.table() if table is None else table
                 loss = noise_loss(base, scheduler, latents, noise, timesteps, conditions[labels[batch.to(device)]])
@@ -142,6 +145,44 @@ def noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states
 def cosine(step: int, steps: int) -> float:
     """1 at the first step, towards 0 after the last (Keras' CosineDecay with alpha 0)."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ------------------------------------------------------------------------------------------------ the steps
+
+
+def encode_training_set(run: Run, base: BaseModel, data: ImageDataset) -> Moments:
+    """The training images' posterior moments, from `latents/train.npz` if they are there."""
+    path, size = run.folder / "latents" / "train.npz", run.settings.base_image_size
+    return encode_images(data.train.images, base, size, path, data.fingerprint(), run.progress)
+
+
+def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: Moments) -> list[dict]:
+    """Step 1: a new Class-Encoder, VAE and UNet frozen. Checkpoints in `class_encoder/`."""
+    s = run.settings
+    plan = TrainingPlan("class_encoder", s.class_encoder_epochs, s.class_encoder_batch_size, s.class_encoder_learning_rate,
+                        s.weight_decay, s.max_grad_norm, s.seed)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(s.seed, "class_encoder"))
+        class_encoder = ClassEncoder(data.num_classes, base.tokens, base.width, s.class_encoder_hidden)
+    made_from = [data.fingerprint(), base.sha256, s.class_encoder_hidden]
+    folder = run.folder / "class_encoder"
+    return train(
+        plan, base, class_encoder.to(base.unet.device), moments, data.train.labels, folder, made_from, run.progress
+    )
+
+
+def fine_tune_unet(
+    run: Run, base: BaseModel, data: ImageDataset, moments: Moments, class_encoder_epoch: int
+) -> list[dict]:
+    """Step 3: the UNet, the Class-Encoder of step 2's best epoch frozen. Checkpoints in `unet/`; changes `base.unet`."""
+    s = run.settings
+    plan = TrainingPlan(
+        "unet", s.unet_epochs, s.unet_batch_size, s.unet_learning_rate, s.weight_decay, s.max_grad_norm, s.seed
+    )
+    encoders = run.folder / "class_encoder"
+    class_encoder = load_checkpoint(ClassEncoder, encoders, class_encoder_epoch, base.unet.device)
+    made_from = [data.fingerprint(), base.sha256, checkpoint_sha(encoders, class_encoder_epoch)]
+    return train(plan, base, class_encoder, moments, data.train.labels, run.folder / "unet", made_from, run.progress)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -233,7 +274,9 @@ def load_resume_state(path: Path, lineage: str, model: torch.nn.Module, optimize
             kept = json.loads(file.metadata()["sdlab"])
         tensors = load_file(path)
     except Exception as error:
-        raise BadInput(f"{path} is damaged ({first_line(error)}): move its folder away and run its step again.") from None
+        raise BadInput(
+            f"{path} is damaged ({first_line(error)}): move its folder away and run its step again."
+        ) from None
     if kept["lineage"] != lineage:
         raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})

@@ -48,7 +48,9 @@ def with_settings(command):
     """The argument EXPERIMENT and the option -p, as `settings`."""
 
     @click.argument("experiment")
-    @click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top.")
+    @click.option(
+        "-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top."
+    )
     @click.pass_context
     def wrapped(ctx, experiment, given, **kwargs):
         on_top = {name: yaml.safe_load(value) for name, value in given}
@@ -103,7 +105,12 @@ def execute(settings: Settings, step: Step) -> float:
         output = Path(scratch) / f"{step.stem}.ipynb"
         try:
             papermill.execute_notebook(
-                NOTEBOOKS / f"{step.stem}.ipynb", output, parameters=settings.as_dict(), progress_bar=False, cwd=NOTEBOOKS
+                NOTEBOOKS / f"{step.stem}.ipynb",
+                output,
+                parameters=settings.as_dict(),
+                progress_bar=False,
+                cwd=NOTEBOOKS,
+                extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning about TCP for every kernel
             )
         except PapermillExecutionError as error:
             kept = keep_executed(settings, output)
@@ -145,8 +152,9 @@ def publish(settings: Settings) -> None:
 def show_tables(settings: Settings) -> None:
     """Print the two tables and where everything is."""
     for name in ("table_1", "table_2"):
-        text = (settings.report_folder / f"{name}.md").read_text(encoding="utf-8")
-        click.echo("\n" + plain_table(text))
+        table, _, remarks = (settings.report_folder / f"{name}.md").read_text(encoding="utf-8").partition("\n\nBold")
+        click.echo("\n" + plain_table(table))
+    click.echo("\nBold" + remarks)
     click.echo(f"\nFigures: {', '.join(shown(path) for path in sorted(settings.report_folder.glob('*.png')))}")
     click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {shown(settings.report_folder)}/")
 
@@ -154,7 +162,7 @@ def show_tables(settings: Settings) -> None:
 def plain_table(markdown: str) -> str:
     """A Markdown table with aligned columns; lines of data sets that were not run, and the paper's, left out."""
     lines = []
-    for line in markdown.replace("<u>", "").replace("</u>", "").splitlines():
+    for line in markdown.replace("<u>", "_").replace("</u>", "_").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("| "):
             lines.append(line)
@@ -165,7 +173,9 @@ def plain_table(markdown: str) -> str:
     text = []
     for line in lines:
         if isinstance(line, list):
-            line = "  ".join(("-" * w if cell == "---" else cell.ljust(w)) for cell, w in zip(line, widths, strict=True))
+            line = "  ".join(
+                ("-" * w if cell == "---" else cell.ljust(w)) for cell, w in zip(line, widths, strict=True)
+            )
         text.append(line)
     return "\n".join(text)
 
@@ -205,7 +215,10 @@ class Watcher(threading.Thread):
                 self.draw(said)
             elif time.monotonic() - last_line > 15:
                 last_line = time.monotonic()
-                click.echo(f"  {self.stem}: {said['desc']} {said['n']}/{said['total']} {said['unit']} ({said['rate']:.3g}/s)", err=True)
+                click.echo(
+                    f"  {self.stem}: {said['desc']} {said['n']}/{said['total']} {said['unit']} ({said['rate']:.3g}/s)",
+                    err=True,
+                )
 
     def draw(self, said: dict) -> None:
         desc = f"{self.stem}: {said['desc']}"
@@ -243,7 +256,9 @@ def status(settings: Settings) -> None:
 def dashboard(settings: Settings, port: int) -> None:
     """Watch the searches in optuna-dashboard, on 127.0.0.1, pictures included."""
     if not settings.storage and not (settings.run_folder / "searches.db").exists():
-        raise BadInput(f"{settings.experiment} has no search yet: run 02_first_search first (`sdlab run {settings.experiment}`).")
+        raise BadInput(
+            f"{settings.experiment} has no search yet: run 02_first_search first (`sdlab run {settings.experiment}`)."
+        )
     command = [str(Path(sys.executable).with_name("optuna-dashboard")), settings.storage_url, "--host", "127.0.0.1"]
     artifacts = settings.run_folder / "artifacts"
     if artifacts.is_dir():

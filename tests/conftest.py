@@ -1,0 +1,84 @@
+"""Fixtures: a base model of a few thousand parameters in diffusers' folder format, and settings of smoke depth."""
+
+import json
+import os
+from pathlib import Path
+
+# Two busy OpenMP threads on two cores that others use too are many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+from sdlab.base_models import BaseModel, load_base_model
+from sdlab.datasets import ImageDataset, Split
+from sdlab.settings import Settings
+
+torch.set_num_threads(1)
+SMOKE = Path(__file__).parent / "smoke.yaml"
+
+
+def write_base_model(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Random weights, but every kind of layer that SD has: cross-attention, down- and upsampling, a KL-VAE."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=0.5,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=12, attention_head_dim=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1,
+        set_alpha_to_one=False, prediction_type=prediction_type,
+    )  # fmt: skip
+    for name, part in (("vae", vae), ("unet", unet), ("scheduler", scheduler)):
+        part.save_pretrained(folder / name)
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_position_embeddings": 5}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    return write_base_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def v_base_folder(tmp_path_factory) -> Path:
+    return write_base_model(tmp_path_factory.mktemp("v_base"), "v_prediction")
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder) -> Settings:
+    """Smoke depth, the random base model, everything under `tmp_path`."""
+    given = yaml.safe_load(SMOKE.read_text())
+    given |= dict(base_model=str(base_folder), base_image_size=16, runs_root=str(tmp_path / "runs"))
+    return Settings.from_mapping(given | dict(reports_root=str(tmp_path / "reports")))
+
+
+@pytest.fixture
+def base(settings) -> BaseModel:
+    return load_base_model(settings)
+
+
+@pytest.fixture(scope="session")
+def data() -> ImageDataset:
+    """Three classes of 8 px images that a small classifier can tell apart: bright in one third of the width."""
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        labels = np.arange(n) % 3
+        images = rng.integers(0, 120, (n, 3, 8, 8))
+        for image, label in zip(images, labels, strict=True):
+            image[:, :, 3 * label : 3 * label + 2] += 120
+        return Split(images.astype(np.uint8), labels.astype(np.int64))
+
+    return ImageDataset("bars", "made by the tests", ("left", "middle", "right"), split(48), split(24), split(30))

@@ -1,0 +1,203 @@
+"""The training loop: the right part, the right target, and the same bytes after an interruption."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from sdlab.base_models import load_base_model
+from sdlab.class_encoder import ClassEncoder
+from sdlab.latents import Moments, encode_images
+from sdlab.pixels import to_model
+from sdlab.settings import BadInput
+from sdlab.training import TrainingPlan, cosine, load_checkpoint, noise_loss, train
+
+
+class Killed(Exception):
+    pass
+
+
+class DiesAt:
+    """A progress bar that ends the process, as it were, at one optimiser step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def __call__(self, **_):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self):
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def new_encoder(base):
+    torch.manual_seed(3)
+    return ClassEncoder(3, base.tokens, base.width, hidden=16)
+
+
+def plan(part="class_encoder", epochs=3, **more):
+    given = dict(part=part, epochs=epochs, batch_size=20, learning_rate=1e-3, weight_decay=4e-3, max_grad_norm=10.0, seed=5)
+    return TrainingPlan(**given | more)
+
+
+@pytest.fixture
+def moments(base):
+    generator = torch.Generator().manual_seed(0)
+    return Moments(torch.randn(48, 4, 4, 4, generator=generator), torch.full((48, 4, 4, 4), 0.1), 0.5)
+
+
+def fit(base, moments, folder, the_plan, **more):
+    encoder = new_encoder(base)
+    history = train(the_plan, base, encoder, moments, np.arange(48) % 3, folder, **more)
+    return encoder, history
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in (".safetensors",) or p.name == "config.json"}
+
+
+@pytest.mark.parametrize("part", ["class_encoder", "unet"])
+@pytest.mark.parametrize("step", [1, 3, 4, 8])
+def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step):
+    """Killed in any epoch, at its start, middle or end: checkpoints and resume state end up byte for byte the same."""
+    fit(load_base_model(settings), moments, tmp_path / "whole", plan(part))
+    with pytest.raises(Killed):
+        fit(load_base_model(settings), moments, tmp_path / "cut", plan(part), progress=DiesAt(step))
+    _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan(part))
+    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
+    assert len(whole) == 3 * 2 + 1 and whole == cut
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("part", ["class_encoder", "unet"])
+def test_only_the_part_is_trained(base, moments, tmp_path, part):
+    before = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    untrained = new_encoder(base).state_dict()
+    encoder, _ = fit(base, moments, tmp_path, plan(part, epochs=1))
+    unet_moved = any(not torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
+    encoder_moved = any(not torch.equal(v, untrained[k]) for k, v in encoder.state_dict().items())
+    assert (unet_moved, encoder_moved) == (part == "unet", part == "class_encoder")
+
+
+def test_training_lowers_the_loss(base, tmp_path):
+    """Latents that depend on the class: a conditioning exists that helps, and is found."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(3, 4, 4, 4, generator=generator) * 2
+    moments = Moments(means[torch.arange(48) % 3], torch.full((48, 4, 4, 4), 0.01), 0.5)
+    _, history = fit(base, moments, tmp_path, plan("unet", epochs=25, learning_rate=3e-3))
+    assert np.mean([h["loss"] for h in history[-5:]]) < 0.8 * history[0]["loss"]
+
+
+def test_a_finished_training_is_loaded_not_repeated(base, moments, tmp_path):
+    _, history = fit(base, moments, tmp_path, plan(epochs=1))
+    _, again = fit(base, moments, tmp_path, plan(epochs=1), progress=None)  # would fail if it trained
+    assert history == again
+
+
+@pytest.mark.parametrize("more", [dict(learning_rate=2e-3), dict(seed=6), dict(epochs=4)])
+def test_another_plan_in_the_same_folder_is_refused(base, moments, tmp_path, more):
+    fit(base, moments, tmp_path, plan(epochs=1))
+    before = files(tmp_path)
+    with pytest.raises(BadInput, match="another plan or other inputs"):
+        fit(base, moments, tmp_path, plan(**{"epochs": 1} | more))
+    assert files(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(base, moments, tmp_path):
+    moments.mean[7] = math.inf
+    with pytest.raises(BadInput, match=r"became nan at epoch 1, step \d"):
+        fit(base, moments, tmp_path, plan())
+
+
+def damaged(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "altered":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
+def test_a_damaged_checkpoint_is_refused_by_name(base, moments, tmp_path, how):
+    """Never random weights instead."""
+    fit(base, moments, tmp_path, plan(epochs=2))
+    damaged(tmp_path / "epoch_02" / "diffusion_pytorch_model.safetensors", how)
+    with pytest.raises(BadInput, match=r"epoch_02 is damaged: diffusion_pytorch_model.safetensors is"):
+        load_checkpoint(ClassEncoder, tmp_path, 2)
+    assert load_checkpoint(ClassEncoder, tmp_path, 1).config.num_classes == 3
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_beyond_the_checkpoints_is_refused(base, moments, tmp_path, epoch):
+    fit(base, moments, tmp_path, plan(epochs=2))
+    with pytest.raises(BadInput, match=f"no checkpoint of epoch {epoch} in .*which has epochs 1 to 2"):
+        load_checkpoint(ClassEncoder, tmp_path, epoch)
+
+
+def test_a_damaged_resume_state_is_refused(base, moments, tmp_path):
+    with pytest.raises(Killed):
+        fit(base, moments, tmp_path, plan(), progress=DiesAt(5))
+    damaged(tmp_path / "resume.safetensors", "truncated")
+    with pytest.raises(BadInput, match="resume.safetensors is damaged"):
+        fit(base, moments, tmp_path, plan())
+
+
+def test_the_checkpoint_holds_what_was_trained(base, moments, tmp_path):
+    encoder, _ = fit(base, moments, tmp_path, plan(epochs=2))
+    kept = load_file(tmp_path / "epoch_02" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in kept.items())
+
+
+def test_epsilon_and_v_targets(settings, v_base_folder):
+    """v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022), by hand; epsilon is the noise itself."""
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 6, 4, 4, 4, generator=generator)
+    timesteps = torch.tensor([0, 10, 300, 500, 900, 999])
+    import dataclasses
+
+    for folder in (settings.base_model, str(v_base_folder)):
+        base = load_base_model(dataclasses.replace(settings, base_model=folder))
+        states = new_encoder(base).table()[[0, 1, 2, 0, 1, 2]]
+        scheduler = base.noise_scheduler()
+        a = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        target = noise if base.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        with torch.no_grad():
+            predicted = base.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, states).sample
+            found = noise_loss(base, scheduler, latents, noise, timesteps, states)
+        torch.testing.assert_close(found, F.mse_loss(predicted, target))
+    assert base.prediction_type == "v_prediction"
+
+
+def test_the_cosine_goes_from_one_to_zero():
+    assert cosine(0, 100) == 1 and cosine(50, 100) == pytest.approx(0.5) and cosine(100, 100) == pytest.approx(0)
+
+
+def test_latents_are_encoded_once(base, data, tmp_path):
+    path = tmp_path / "train.npz"
+    first = encode_images(data.train.images, base, 16, path, "made from this")
+    second = encode_images(data.train.images, base, 16, path, "made from this", progress=None)  # would fail if it encoded
+    assert torch.equal(first.mean, second.mean) and torch.equal(first.std, second.std)
+    posterior = base.vae.encode(to_model(data.train.images, 16)).latent_dist
+    torch.testing.assert_close(first.mean, posterior.mean, atol=1e-5, rtol=1e-4)
+    third = encode_images(data.train.images[::-1].copy(), base, 16, path, "made from something else")
+    assert not torch.equal(first.mean, third.mean)
+
+
+def test_sampled_latents_have_the_posteriors_moments_and_scale():
+    moments = Moments(torch.full((2000, 1, 1, 1), 3.0), torch.full((2000, 1, 1, 1), 2.0), 0.5)
+    sample = moments.sample(torch.arange(2000), torch.Generator().manual_seed(0))
+    assert sample.mean().item() == pytest.approx(1.5, abs=0.1) and sample.std().item() == pytest.approx(1.0, abs=0.1)
