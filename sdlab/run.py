@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from tqdm.auto import tqdm
@@ -172,10 +172,17 @@ def step_state(settings: Settings, number: str) -> StepState:
 
 
 class Lock:
-    """Held by one process at a time; the system releases it when that process ends, however it ends."""
+    """Held by one process at a time; the system releases it when that process ends, however it ends.
+
+    The process that holds it may take it again: a notebook's cell can be run twice.
+    """
+
+    held: ClassVar[dict[Path, "Lock"]] = {}
 
     def __init__(self, path: Path, folder: Path, what: str):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path in Lock.held:
+            Lock.held[path].release()
         self.file = path.open("a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,9 +197,12 @@ class Lock:
         self.file.truncate(0)
         self.file.write(f"{what} (process {os.getpid()} on {socket.gethostname()}, since {now()})")
         self.file.flush()
+        self.path = path
+        Lock.held[path] = self
 
     def release(self) -> None:
-        if not self.file.closed:
+        if Lock.held.get(self.path) is self:
+            del Lock.held[self.path]
             self.file.truncate(0)
             self.file.close()
 

@@ -129,9 +129,8 @@ def run_search(
             if trial is not None:
                 run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
             bar.update()
-    result = export(study, settings, ranges, point_of)
-    write_json(path, result)
-    return result
+    write_json(path, export(study, settings, ranges, point_of))
+    return read_json(path)
 
 
 def artifact_folder(folder: Path) -> Path:

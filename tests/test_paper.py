@@ -24,7 +24,9 @@ def test_tables_are_those_of_the_sources():
     assert {k: v["paper_top1_percent"] for k, v in table_2.items()} == paper.TABLE_2
     for name, ours in (("search_1", paper.FIGURE_1_SEARCH_1), ("search_2", paper.FIGURE_1_SEARCH_2)):
         assert {d: {OURS[k]: v for k, v in row.items()} for d, row in figure_1[name].items()} == ours
-    assert {k: dict(zip(authors["columns"], v, strict=True)) for k, v in authors["datasets"].items()} == paper.AUTHORS_SETTINGS
+    assert {
+        k: dict(zip(authors["columns"], v, strict=True)) for k, v in authors["datasets"].items()
+    } == paper.AUTHORS_SETTINGS
     assert authors["effective_rank_of_class_residuals"] == paper.AUTHORS_EFFECTIVE_RANK
 
 
@@ -53,6 +55,9 @@ def test_generation_times_are_multiples_of_the_steps():
 
 def test_figure_1_averages():
     """METHOD, item 9."""
-    for table, means in ((paper.FIGURE_1_SEARCH_1, (0.58, 0.368, 0.055)), (paper.FIGURE_1_SEARCH_2, (0.692, 0.14, 0.17))):
+    for table, means in (
+        (paper.FIGURE_1_SEARCH_1, (0.58, 0.368, 0.055)),
+        (paper.FIGURE_1_SEARCH_2, (0.692, 0.14, 0.17)),
+    ):
         names = ("guidance_scale", "epoch", "num_inference_steps")
         assert [np.mean([row[n] for row in table.values()]) for n in names] == pytest.approx(means, abs=1e-3)

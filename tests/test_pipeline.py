@@ -21,7 +21,9 @@ def pipeline(base):
     torch.manual_seed(1)
     encoder = ClassEncoder(3, base.tokens, base.width, hidden=16)
     torch.nn.init.normal_(encoder.linear_in.bias)  # a trained null condition is not zero
-    made = ClassConditionalStableDiffusionPipeline(base.vae, base.unet, encoder, make_scheduler("DDIMScheduler", base.scheduler_config))
+    made = ClassConditionalStableDiffusionPipeline(
+        base.vae, base.unet, encoder, make_scheduler("DDIMScheduler", base.scheduler_config)
+    )
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -43,7 +45,9 @@ def test_equals_stable_diffusion_pipeline(pipeline, tmp_path):
     """fp32, guidance > 1, the same embeddings, latents and scheduler: below 1e-4 on images in [0, 1]."""
     pipeline.save_pretrained(tmp_path)
     command = [sys.executable, str(Path(__file__).with_name("reference_pipeline.py")), str(tmp_path), "1.5", "7.5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REFERENCE)}, cwd=PROJECT_ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REFERENCE)}, cwd=PROJECT_ROOT
+    )
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines()[-2:]:
         difference, spread = map(float, line.split())
@@ -53,7 +57,11 @@ def test_equals_stable_diffusion_pipeline(pipeline, tmp_path):
 
 def by_hand(pipeline, labels, guidance, steps=4):
     """The sampler written out: DDIM, uncond + UGS * (cond - uncond), every pass on its own."""
-    x, scheduler, table = pipeline.noise(range(len(labels))), pipeline.scheduler, pipeline.class_encoder.table().detach()
+    x, scheduler, table = (
+        pipeline.noise(range(len(labels))),
+        pipeline.scheduler,
+        pipeline.class_encoder.table().detach(),
+    )
     scheduler.set_timesteps(steps)
     with torch.no_grad():
         for t in scheduler.timesteps:
@@ -66,7 +74,9 @@ def by_hand(pipeline, labels, guidance, steps=4):
 @pytest.mark.parametrize("guidance", [0.0, 0.3, 1.0, 2.5])
 def test_guidance_is_the_formula_at_every_scale(pipeline, guidance):
     """Values in (0, 1) are inside the search range; diffusers' own pipeline ignores them."""
-    torch.testing.assert_close(latents_of(pipeline, [0, 1, 2], guidance), by_hand(pipeline, [0, 1, 2], guidance), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        latents_of(pipeline, [0, 1, 2], guidance), by_hand(pipeline, [0, 1, 2], guidance), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_at_one_there_is_one_conditional_pass(pipeline, monkeypatch):

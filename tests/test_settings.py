@@ -16,7 +16,13 @@ def test_defaults_are_the_papers():
     assert (s.unet_epochs, s.unet_batch_size, s.unet_learning_rate) == (10, 16, 1e-5)
     assert (s.weight_decay, s.max_grad_norm) == (4e-3, 10.0)
     assert (s.default_num_inference_steps, s.default_guidance_scale) == (50, 7.5)
-    assert (s.search_1_trials, s.search_images, s.search_min_steps, s.search_max_steps, s.search_max_guidance) == (50, 4000, 5, 50, 7.5)
+    assert (s.search_1_trials, s.search_images, s.search_min_steps, s.search_max_steps, s.search_max_guidance) == (
+        50,
+        4000,
+        5,
+        50,
+        7.5,
+    )
     assert (s.classifier_epochs, s.classifier_learning_rate, s.classifier_label_smoothing) == (100, 1e-3, 0.1)
     assert (s.classifier_batch_size, s.classifier_patience, s.classifier_stop_patience) == (256, 10, 25)
     assert (s.search_patience, s.search_stop_patience, s.classifier_filters) == (25, 50, 64)
@@ -61,7 +67,9 @@ def test_an_experiment_and_a_dataset_have_to_be_named(missing):
         Settings.from_mapping({k: v for k, v in GIVEN.items() if k != missing})
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [1", "not valid YAML"), ("- a", "holds no settings"), ("", "holds no settings")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [1", "not valid YAML"), ("- a", "holds no settings"), ("", "holds no settings")]
+)
 def test_a_file_that_is_not_a_parameter_file(tmp_path, text, said):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(BadInput, match=said):
@@ -73,7 +81,9 @@ def test_whole_numbers_are_fine_where_numbers_are_asked():
 
 
 def test_a_notebooks_parameters_are_laid_on_top_of_its_file():
-    s = Settings.from_notebook({"In": ["", 'experiment = "digits"\nunet_epochs = 3'], "experiment": "digits", "unet_epochs": 3})
+    s = Settings.from_notebook(
+        {"In": ["", 'experiment = "digits"\nunet_epochs = 3'], "experiment": "digits", "unet_epochs": 3}
+    )
     assert s.unet_epochs == 3 and s.base_model == "tiny"
 
 

@@ -47,7 +47,9 @@ def new_encoder(base):
 
 
 def plan(part="class_encoder", epochs=3, **more):
-    given = dict(part=part, epochs=epochs, batch_size=20, learning_rate=1e-3, weight_decay=4e-3, max_grad_norm=10.0, seed=5)
+    given = dict(
+        part=part, epochs=epochs, batch_size=20, learning_rate=1e-3, weight_decay=4e-3, max_grad_norm=10.0, seed=5
+    )
     return TrainingPlan(**given | more)
 
 
@@ -64,7 +66,11 @@ def fit(base, moments, folder, the_plan, **more):
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in (".safetensors",) or p.name == "config.json"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".safetensors",) or p.name == "config.json"
+    }
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
@@ -189,7 +195,9 @@ def test_the_cosine_goes_from_one_to_zero():
 def test_latents_are_encoded_once(base, data, tmp_path):
     path = tmp_path / "train.npz"
     first = encode_images(data.train.images, base, 16, path, "made from this")
-    second = encode_images(data.train.images, base, 16, path, "made from this", progress=None)  # would fail if it encoded
+    second = encode_images(
+        data.train.images, base, 16, path, "made from this", progress=None
+    )  # would fail if it encoded
     assert torch.equal(first.mean, second.mean) and torch.equal(first.std, second.std)
     posterior = base.vae.encode(to_model(data.train.images, 16)).latent_dist
     torch.testing.assert_close(first.mean, posterior.mean, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,143 @@
+"""ResNet20 and its training, as METHOD translates the authors'."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
+
+from sdlab.classifier import Recipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
+from sdlab.datasets import Split
+from sdlab.evaluation import judge, summary
+
+RECIPE = Recipe(
+    filters=8, epochs=12, steps=0, batch_size=16, learning_rate=1e-2, label_smoothing=0.1, patience=10, stop_patience=25
+)
+
+
+@pytest.mark.parametrize(("filters", "millions"), [(16, 0.27), (64, 4.3)])
+def test_depth_and_parameters(filters, millions):
+    model = ResNet20(10, filters)
+    weighted = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(weighted) == 20
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.03)
+
+
+def test_shortcuts_have_no_parameters_and_batch_norm_is_keras():
+    model = ResNet20(10, 16)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert {(m.eps, m.momentum) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {(1e-5, 0.1)}
+
+
+def test_shortcut_is_max_pool_and_zero_channels():
+    """With its two convolutions silenced, a block is its shortcut."""
+    block = ResNet20(10, 4).blocks[3].eval()  # the first of the second stage
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 4, 8, 8)
+    out = block(x)
+    torch.testing.assert_close(out[:, :4], torch.nn.functional.max_pool2d(x, 3, 2, 1))
+    assert out.shape == (2, 8, 4, 4) and not out[:, 4:].any()
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 64])
+def test_any_image_size(size):
+    assert ResNet20(5, 4)(torch.rand(2, 3, size, size)).shape == (2, 5)
+
+
+def test_it_learns_and_keeps_its_best_weights(data):
+    trained = train_classifier(data.train, data.val, 3, RECIPE, seed=0)
+    best = max(h["val_accuracy"] for h in trained.history)
+    assert trained.val_accuracy == best == score(trained.model, data.val).accuracy
+    assert score(trained.model, data.test).accuracy > 0.8
+
+
+def test_labels_matter(data):
+    """On shuffled labels nothing is learned: the accuracy above comes from the images."""
+    shuffled = Split(data.train.images, np.random.default_rng(1).permutation(data.train.labels))
+    accuracy = [
+        score(train_classifier(shuffled, data.val, 3, RECIPE, seed=s).model, data.test).accuracy for s in range(2)
+    ]
+    assert np.mean(accuracy) < 0.75
+
+
+def test_same_seed_same_classifier(data):
+    recipe = dataclasses.replace(RECIPE, epochs=2)
+    first, second, other = (
+        train_classifier(data.train, data.val, 3, recipe, seed=s).model.state_dict() for s in (1, 1, 2)
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_one_budget_of_steps_for_sets_of_every_size(data, monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: steps.append(1))
+    for count in (10, 48):
+        steps.clear()
+        train_classifier(
+            Split(data.train.images[:count], data.train.labels[:count]),
+            data.val,
+            3,
+            dataclasses.replace(RECIPE, steps=30, epochs=4),
+            0,
+        )
+        assert len(steps) == 30
+
+
+def test_plateau_and_early_stopping(data, monkeypatch):
+    """A learning rate of 0 never gets better after the first epoch: lr falls after each patience, then training ends."""
+    recipe = dataclasses.replace(RECIPE, epochs=100, patience=3, stop_patience=8)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: None)
+    monkeypatch.setattr("sdlab.classifier.predict", lambda model, split: np.eye(3)[np.zeros(len(split), int)])
+    history = train_classifier(data.train, data.val, 3, recipe, 0).history
+    assert [round(h["learning_rate"], 6) for h in history] == [1e-2] * 4 + [1e-3] * 3 + [1e-4] * 2
+
+
+def test_the_learning_rate_has_a_floor(data, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, epochs=60, patience=1, stop_patience=59)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: None)
+    monkeypatch.setattr("sdlab.classifier.predict", lambda model, split: np.eye(3)[np.zeros(len(split), int)])
+    assert train_classifier(data.train, data.val, 3, recipe, 0).history[-1]["learning_rate"] == 1e-5
+
+
+def test_score_agrees_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 8, 200), rng.normal(size=(200, 8))
+    split = Split(np.zeros((200, 3, 8, 8), np.uint8), labels)
+    from sdlab import classifier
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "predict", lambda model, split: logits)
+        found = score(None, split)
+    predicted = logits.argmax(1)
+    assert found.accuracy == accuracy_score(labels, predicted)
+    assert found.balanced == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert found.recall == pytest.approx(recall_score(labels, predicted, average=None))
+    assert found.top5 == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
+    assert found.standard_error == pytest.approx((found.accuracy * (1 - found.accuracy) / 200) ** 0.5)
+
+
+def test_predictions_do_not_depend_on_the_batch(data):
+    model = ResNet20(3, 4)
+    np.testing.assert_allclose(predict(model, data.test), predict(model, data.test, batch_size=7), atol=1e-5)
+
+
+def test_every_image_once_a_pass():
+    batches = endless_batches(10, 4, torch.Generator().manual_seed(0))
+    one_pass = [next(batches) for _ in range(3)]
+    assert [len(b) for b in one_pass] == [4, 4, 2] and sorted(torch.cat(one_pass).tolist()) == list(range(10))
+
+
+def test_steps_are_split_evenly():
+    assert split_evenly(10, 4) == [3, 3, 2, 2] and sum(split_evenly(157, 15)) == 157
+
+
+def test_a_lost_class_shows_beside_the_accuracy(settings, data):
+    """No training image of one class: its recall is 0, which the summary keeps although the accuracy looks fair."""
+    keep = data.train.labels != 2
+    recipe = dataclasses.replace(settings, classifier_steps=60, classifier_epochs=6, classifier_filters=8)
+    scores = judge(Split(data.train.images[keep], data.train.labels[keep]), data, recipe, [0, 1], ["test"])
+    kept = summary(scores["test"])
+    assert kept["recall"][2] == 0 and kept["balanced"] < 0.7 and len(kept["accuracy"]) == 2
+    assert kept["std"] == pytest.approx(np.std(kept["accuracy"], ddof=1))

@@ -1,0 +1,141 @@
+"""Synthetic sets: extended, cut short and resumed to the same bytes; nested; class counts as promised."""
+
+import numpy as np
+import pytest
+import torch
+
+from sdlab.class_encoder import ClassEncoder
+from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
+from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
+from sdlab.settings import BadInput
+from sdlab.training import derive_seed
+
+
+@pytest.fixture
+def pipeline(base):
+    torch.manual_seed(1)
+    encoder = ClassEncoder(3, base.tokens, base.width, hidden=16)
+    made = ClassConditionalStableDiffusionPipeline(
+        base.vae, base.unet, encoder, make_scheduler("DDIMScheduler", base.scheduler_config)
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def plan(**more):
+    given = dict(weights="w", scheduler="DDIMScheduler", num_inference_steps=2, guidance_scale=1.5, labels=(0, 1, 2), seed=7,
+                 base_size=16, image_size=8, shard_size=4)  # fmt: skip
+    return GenerationPlan(**given | more)
+
+
+def shards(made):
+    return {p.name: p.read_bytes() for p in sorted(made.folder.glob("*.safetensors"))}
+
+
+class Killed(Exception):
+    pass
+
+
+def dies_after(shard_count):
+    """A progress bar that raises after so many shards."""
+
+    class Bar:
+        def __init__(self, **_):
+            self.left = shard_count
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, _):
+            self.left -= 1
+            if not self.left:
+                raise Killed
+
+    return Bar
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_same_bytes_after_a_kill(pipeline, tmp_path, after):
+    whole = generate(pipeline, plan(), tmp_path / "whole", 12)
+    with pytest.raises(Killed):
+        generate(pipeline, plan(), tmp_path / "cut", 12, progress=dies_after(after))
+    assert len(shards(SyntheticSet(tmp_path / "cut" / plan().key(), plan()))) == after
+    cut = generate(pipeline, plan(), tmp_path / "cut", 12)
+    assert len(shards(whole)) == 3 and shards(whole) == shards(cut)
+
+
+def test_a_larger_set_extends_a_smaller_one(pipeline, tmp_path):
+    """The rungs of a search, and x1 in x2: the same files, the same images, and only the new shards are made."""
+    small = generate(pipeline, plan(), tmp_path, 6)
+    first, before = small.split(6), shards(small)
+    large = generate(pipeline, plan(), tmp_path, 12)
+    assert large.folder == small.folder and before.items() <= shards(large).items()
+    assert np.array_equal(large.split(12).images[:6], first.images)
+    assert np.array_equal(large.split(12).labels, np.arange(12) % 3)
+
+
+def test_images_are_those_of_their_own_seeds(pipeline, tmp_path):
+    """Image 5 by hand: label 5 % 3, noise of (set seed, 5), uint8 at the classifier's size."""
+    made = generate(pipeline, plan(), tmp_path, 8).split(8)
+    decoded = pipeline([2], 2, 1.5, seeds=[derive_seed(7, 5)], output_type="pt").images
+    resized = torch.nn.functional.interpolate((decoded.clamp(-1, 1) + 1) * 127.5, size=8, mode="bilinear")
+    assert made.labels[5] == 2
+    assert np.abs(made.images[5].astype(int) - resized[0].round().byte().numpy()).max() <= 1
+
+
+def test_a_missing_shard_is_made_again_the_same(pipeline, tmp_path):
+    made = generate(pipeline, plan(), tmp_path, 12)
+    before = shards(made)
+    made.shard(1).unlink()
+    with pytest.raises(BadInput, match="shard_00001.safetensors is missing"):
+        made.split(12)
+    assert shards(generate(pipeline, plan(), tmp_path, 12)) == before
+
+
+def test_a_damaged_shard_is_refused_by_name(pipeline, tmp_path):
+    made = generate(pipeline, plan(), tmp_path, 8)
+    content = bytearray(made.shard(1).read_bytes())
+    content[-1] ^= 1
+    made.shard(1).write_bytes(content)
+    with pytest.raises(BadInput, match="shard_00001.safetensors is truncated or altered"):
+        made.split(8)
+    assert len(made.split(4)) == 4
+
+
+@pytest.mark.parametrize(
+    "more",
+    [dict(guidance_scale=1.6), dict(seed=8), dict(num_inference_steps=3), dict(labels=(0, 1)), dict(weights="v")],
+)
+def test_whatever_changes_the_bytes_changes_the_folder(more):
+    assert plan(**more).key() != plan().key()
+
+
+def test_4000_images_over_c_classes():
+    """4000 // C each, the remainder to the first classes (METHOD)."""
+    for classes in (5, 7, 8, 9, 10, 100):
+        counts = np.bincount(plan(labels=uniform_labels(classes)).labels_of(0, 4000))
+        assert counts.sum() == 4000 and counts.max() - counts.min() <= 1
+        assert list(counts) == sorted(counts, reverse=True)
+
+
+def test_xk_has_k_times_the_real_class_counts():
+    real = np.repeat([0, 1, 2], [50, 7, 1])
+    labels = plan(labels=real_labels(real))
+    for k in (1, 2, 10):
+        assert list(np.bincount(labels.labels_of(0, 58 * k))) == [50 * k, 7 * k, k]
+    half = np.bincount(labels.labels_of(0, 29), minlength=3)  # spread evenly, not class after class
+    assert abs(half[0] - 25) <= 1 and abs(half[1] - 3.5) <= 1
+
+
+def test_seconds_are_clocked(pipeline, tmp_path):
+    made = generate(pipeline, plan(), tmp_path, 8)
+    clocked = [s["seconds"] for s in made.manifest["shards"].values()]
+    assert made.seconds(8) == pytest.approx(sum(clocked)) and made.seconds(2) == pytest.approx(clocked[0] / 2)
+
+
+def test_derived_seeds_do_not_collide():
+    seeds = {derive_seed(s, i) for s in range(3) for i in range(2000)} | {derive_seed("a", 1), derive_seed(1, "a")}
+    assert len(seeds) == 6002

@@ -1,0 +1,197 @@
+"""All eight notebooks at smoke depth, in order, through papermill; and each of the ways they can go wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import SMOKE
+
+from sdlab.run import STEPS, step_state
+from sdlab.settings import PROJECT_ROOT, Settings
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def command(*arguments, cwd=None):
+    return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A parameter file of smoke depth whose runs and reports lie in a folder of their own."""
+    folder = tmp_path_factory.mktemp("world")
+    given = yaml.safe_load(SMOKE.read_text()) | dict(
+        runs_root=str(folder / "runs"), reports_root=str(folder / "reports")
+    )
+    (folder / "smoke.yaml").write_text(yaml.safe_dump(given))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(world):
+    """`sdlab run`, whole."""
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return world, done
+
+
+def settings_of(world) -> Settings:
+    return Settings.from_file(world / "smoke.yaml")
+
+
+def test_a_notebook_before_its_upstream_says_which_to_run(world):
+    """Plain papermill: the sentence is the last line, the exit code is not 0, and nothing is written under runs/."""
+    out = world / "too_early.ipynb"
+    done = command(
+        BIN / "papermill", PROJECT_ROOT / "notebooks/06_importance.ipynb", out, "-f", world / "smoke.yaml", cwd=world
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        "06_importance reads what 02_first_search writes, which is not run" in last
+        and "run 02_first_search first" in last
+    )
+    assert not (world / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (dict(experiment="smoke", unet_epoch=3), "did you mean `unet_epochs`?"),
+        (dict(unet_epochs=3), "injected parameters name no `experiment`"),
+        (dict(experiment="smoke", unet_learning_rate="1e-4"), "Write 0.0001 without quotes"),
+    ],
+)
+def test_bad_parameters_through_plain_papermill(world, parameters, said):
+    (world / "bad.yaml").write_text(yaml.safe_dump(parameters))
+    done = command(
+        BIN / "papermill",
+        PROJECT_ROOT / "notebooks/07_paper_tables.ipynb",
+        world / "bad.ipynb",
+        "-f",
+        world / "bad.yaml",
+        cwd=world,
+    )
+    assert done.returncode != 0 and said in done.stderr.strip().splitlines()[-1]
+    assert not (PROJECT_ROOT / "runs" / "smoke").exists()
+
+
+def test_the_whole_pipeline_runs_and_prints_its_tables(finished):
+    world, done = finished
+    assert [step_state(settings_of(world), n).state for n in STEPS] == ["done"] * 8
+    assert "Table 1" in done.stdout and "Table 2" in done.stdout and "8 notebooks in" in done.stdout
+    assert "Figures:" in done.stdout and "figure_1.png" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_every_step_writes_what_its_notebook_promises(finished):
+    world, _ = finished
+    run, reports = world / "runs/smoke", world / "reports/smoke"
+    for name in ("settings.yaml", "latents/train.npz", "class_encoder/epoch_02", "unet/epoch_02", "searches.db", "metrics/search_1.json",
+                 "metrics/search_2.json", "metrics/after_1.json", "metrics/after_4.json", "metrics/real.json", "metrics/x02.json",
+                 "metrics/importance.json", "test_readings.jsonl", "notebooks/07_paper_tables.ipynb"):  # fmt: skip
+        assert (run / name).exists(), name
+    for table in ("table_1", "table_2"):
+        assert all((reports / f"{table}.{kind}").stat().st_size for kind in ("md", "csv", "tex", "png"))
+    assert (reports / "figure_1.png").exists() and len(list(reports.glob("*.ipynb"))) == 8
+    assert not list(run.rglob("*.part"))
+
+
+def test_executed_copies_show_results_and_no_machines_path(finished):
+    world, _ = finished
+    for path in (world / "reports/smoke").glob("*.ipynb"):
+        text = path.read_text()
+        assert str(PROJECT_ROOT) not in text
+        outputs = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])]
+        assert outputs and not [o for o in outputs if o.output_type == "error"]
+
+
+def test_the_test_set_was_read_for_the_tables_alone(finished):
+    """Sealed: Table 1's four cells, and real, x1, x2 of Table 2."""
+    world, _ = finished
+    readings = [json.loads(line) for line in (world / "runs/smoke/test_readings.jsonl").read_text().splitlines()]
+    assert len(readings) == 7 and {r["step"][:2] for r in readings} == {"01", "02", "03", "04", "05"}
+    assert json.loads((world / "runs/smoke/metrics/search_1.json").read_text())["protocol"] == "sealed"
+
+
+def test_table_1_is_scored_afresh(finished):
+    """Other noise than the search's: another set, so another folder, than the trial that won."""
+    world, _ = finished
+    metrics = world / "runs/smoke/metrics"
+    assert (
+        json.loads((metrics / "after_2.json").read_text())["point"]
+        == json.loads((metrics / "search_1.json").read_text())["best"]["point"]
+    )
+    manifests = [json.loads(p.read_text())["plan"] for p in (world / "runs/smoke/synthetic").glob("*/manifest.json")]
+    assert len({m["seed"] for m in manifests}) == 3  # searches, Table 1, Table 2
+
+
+def test_running_again_skips_everything(finished):
+    world, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in (world / "runs").rglob("*") if p.is_file()}
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
+    assert (
+        done.returncode == 0 and done.stdout.count("finished before, skipped") == 8 and "0 notebooks in" in done.stdout
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in (world / "runs").rglob("*") if p.is_file()}
+
+
+def test_other_settings_than_a_finished_steps_are_refused(finished):
+    world, _ = finished
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml", "-p", "unet_epochs", "3")
+    assert done.returncode == 1
+    assert (
+        "03_fine_tuning is stale" in done.stderr
+        and "unet_epochs 2 -> 3" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+    status = command(BIN / "sdlab", "status", world / "smoke.yaml", "-p", "unet_epochs", "3").stdout
+    assert "unet_epochs 2 -> 3" in status and "03_fine_tuning is stale" in status and status.count(" done ") == 3
+
+
+def test_a_finished_notebook_opens_again_from_any_folder(finished, tmp_path):
+    """As a reader would: plain papermill, elsewhere, on a step that is done; it shows its results and changes nothing."""
+    world, _ = finished
+    record = (world / "runs/smoke/records/05.json").read_bytes()
+    out = tmp_path / "again.ipynb"
+    done = command(
+        BIN / "papermill", PROJECT_ROOT / "notebooks/05_scaling.ipynb", out, "-f", world / "smoke.yaml", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (world / "runs/smoke/records/05.json").read_bytes() == record
+
+
+def test_a_damaged_checkpoint_stops_with_its_name_and_the_failing_notebook_is_kept(finished, tmp_path):
+    """Truncated to its old size by a byte flip, so that only the hash can tell."""
+    world, _ = finished
+    shutil.copytree(world / "runs", tmp_path / "runs")
+    run = tmp_path / "runs/smoke"
+    for name in ("03", "04", "05", "06", "07"):
+        (run / f"records/{name}.json").unlink()
+    (run / "metrics/after_3.json").unlink()
+    shutil.rmtree(run / "unet")
+    epoch = json.loads((run / "metrics/search_1.json").read_text())["best"]["point"]["class_encoder_epoch"]
+    weights = run / f"class_encoder/epoch_{epoch:02d}/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = command(
+        BIN / "sdlab",
+        "run",
+        world / "smoke.yaml",
+        "-p",
+        "runs_root",
+        tmp_path / "runs",
+        "-p",
+        "reports_root",
+        tmp_path / "reports",
+    )
+    assert done.returncode == 1 and f"epoch_{epoch:02d} is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert (run / "notebooks/03_fine_tuning.ipynb").exists()

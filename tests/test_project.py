@@ -1,0 +1,144 @@
+"""The repository itself: one source of pins, thin stripped notebooks, imports one way, reports a reader can open."""
+
+import ast
+import json
+import re
+import subprocess
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from sdlab.run import STEPS
+from sdlab.settings import PROJECT_ROOT
+
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+# Each module may import those before it. ARCHITECTURE.md says the same in words.
+ORDER = ("paper", "settings", "run", "datasets", "pixels", "figures", "importance", "results", "base_models", "class_encoder",
+         "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "workflow")  # fmt: skip
+
+
+def pins() -> dict[str, str]:
+    environment = yaml.safe_load((PROJECT_ROOT / "environment.yml").read_text())
+    (section,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    return dict(line.split("==") for line in section)
+
+
+def test_the_environment_is_complete_and_exact():
+    environment = yaml.safe_load((PROJECT_ROOT / "environment.yml").read_text())
+    assert environment["name"] == "sdlab" and environment["channels"] == ["conda-forge"]
+    assert {"pip", "make", "git"} <= {d for d in environment["dependencies"] if isinstance(d, str)}
+    assert all(re.fullmatch(r"[0-9][\w.]*", version) for version in pins().values())
+    asked = (
+        "jupyterlab",
+        "papermill",
+        "torch",
+        "diffusers",
+        "optuna",
+        "optuna-dashboard",
+        "torchvision",
+        "medmnist",
+        "seaborn",
+    )
+    assert set(asked) <= pins().keys()
+    assert pins()["torch"] != "2.13.0"  # a CPU build that torchvision's wheels do not import with
+
+
+def test_every_dependency_is_pinned_within_its_range():
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    named = [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    exact = {name.replace("_", "-").lower(): version for name, version in pins().items()}
+    for requirement in named:
+        assert exact[requirement.name.replace("_", "-").lower()] in requirement.specifier, requirement
+    ranges = {r.name: r.specifier for r in named}
+    assert "2.11.0" in ranges["torch"] and "0.26.0" in ranges["torchvision"]
+
+
+def test_make_installs_those_pins():
+    """The Makefile's own command, on the same file."""
+    makefile = (PROJECT_ROOT / "Makefile").read_text()
+    command = re.search(r"\tsed (.*) environment.yml", makefile).group(0).strip().replace("$$", "$")
+    printed = subprocess.run(command, shell=True, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True).stdout
+    assert dict(line.split("==") for line in printed.split()) == pins()
+
+
+def test_the_installed_versions_are_the_pinned_ones():
+    from importlib.metadata import version
+
+    assert {name: version(name) for name in ("torch", "diffusers", "optuna", "papermill", "numpy")} == {
+        name: pins()[name] for name in ("torch", "diffusers", "optuna", "papermill", "numpy")
+    }
+
+
+def test_ci_runs_what_the_readme_says():
+    script = (PROJECT_ROOT / ".ci" / "run").read_text()
+    assert [line for line in script.splitlines() if line.startswith("make")] == ["make test"]
+    assert (
+        "make test" in (PROJECT_ROOT / "README.md").read_text()
+        and "make demo" in (PROJECT_ROOT / "README.md").read_text()
+    )
+
+
+def test_there_is_a_notebook_for_every_step():
+    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in STEPS.values()]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_thin_stripped_and_have_one_parameters_cell(path):
+    notebook = nbformat.read(path, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert not any(c.outputs or c.execution_count for c in code)
+    (parameters,) = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    assert 'experiment = "digits"' in parameters.source
+    assert "Settings.from_notebook(locals())" in code[1].source
+    lines = [line for c in code for line in c.source.splitlines() if line.strip()]
+    assert len(lines) <= 110 and not [line for line in lines if line.startswith(("def ", "class "))]
+    first = notebook.cells[0].source
+    assert first.startswith(f"# {path.stem[:2]} ") and "| reads | writes | minutes" in first
+
+
+def test_imports_run_one_way():
+    assert {p.stem for p in (PROJECT_ROOT / "sdlab").glob("*.py")} - {"__init__"} == set(ORDER)
+    for name in ORDER:
+        tree = ast.parse((PROJECT_ROOT / "sdlab" / f"{name}.py").read_text())
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module} | {
+            a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+        }
+        ours = {m.split(".")[1] for m in imported if m.startswith("sdlab.")}
+        if "sdlab" in imported:  # from sdlab import paper
+            ours |= {
+                a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "sdlab" for a in n.names
+            }
+        late = {m for m in ours if ORDER.index(m) >= ORDER.index(name)} - ({"pixels"} if name == "datasets" else set())
+        assert not late, f"{name} imports {late}"
+        if name == "training":
+            assert not any(m.split(".")[0] == "optuna" for m in imported)
+
+
+def reports():
+    tracked = subprocess.run(
+        ["git", "ls-files", "reports"], cwd=PROJECT_ROOT, capture_output=True, text=True
+    ).stdout.split()
+    return [PROJECT_ROOT / name for name in tracked]
+
+
+def test_reports_are_complete_small_and_name_no_machines_path():
+    names = {path.relative_to(PROJECT_ROOT / "reports").as_posix() for path in reports()}
+    for table in ("table_1", "table_2"):
+        assert {f"digits/{table}.{kind}" for kind in ("md", "csv", "tex", "png")} <= names
+    assert {f"digits/{step.stem}.ipynb" for step in STEPS.values()} | {"digits/figure_1.png"} <= names
+    for path in reports():
+        assert path.stat().st_size <= 2 * 2**20, path
+        if path.suffix != ".png":
+            text = path.read_text()
+            assert not re.search(r"(/home/|/root/|/work/|/tmp/|/Users/)", text), path
+
+
+def test_executed_reports_hold_results_and_no_errors():
+    for path in (p for p in reports() if p.suffix == ".ipynb"):
+        notebook = json.loads(path.read_text())
+        outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+        assert outputs and not [o for o in outputs if o["output_type"] == "error"], path
+        assert not [o for o in outputs if o.get("name") == "stderr"], path

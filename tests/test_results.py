@@ -1,0 +1,164 @@
+"""The tables: the paper's lines untouched, ours beside them, the best marked, what was not run said so."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sdlab import paper, results
+from sdlab.results import (
+    LATEX,
+    MARKDOWN,
+    Experiment,
+    our_gains,
+    save_table,
+    table_1,
+    table_1_text,
+    table_2,
+    table_2_text,
+    to_latex,
+    to_markdown,
+)
+from sdlab.run import write_json
+from sdlab.settings import Settings
+
+
+def scored(accuracies, n=500):
+    a = np.array(accuracies)
+    return dict(accuracy=a.tolist(), mean=a.mean(), std=a.std(ddof=1), standard_error=(a.mean() * (1 - a.mean()) / n) ** 0.5,
+                top5=1.0, balanced=a.mean() - 0.01, recall=[0.5, None, 0.9], n=n)  # fmt: skip
+
+
+def experiment(settings, dataset, shift=0.0):
+    settings = dataclasses.replace(settings, dataset=dataset, experiment=f"{dataset}-x", scaling_max=3)
+    metrics = settings.run_folder / "metrics"
+    counts = {"test": [40, 60]}
+    write_json(metrics / "data.json", dict(base_model="tiny", majority_share_test=0.6, counts=counts))
+    for step, accuracy in enumerate((0.3, 0.5, 0.45, 0.8), start=1):
+        point = dict(class_encoder_epoch=2, unet_epoch=0, num_inference_steps=50 // step, guidance_scale=1.5)
+        write_json(metrics / f"after_{step}.json", dict(title=f"After {step}", point=point, images=4000, generation_seconds=100.0 / step,
+                   seconds_per_image_step=0.001, val=scored([accuracy]* 3), test=scored([accuracy + shift, accuracy + shift + 0.02])))  # fmt: skip
+    for name, accuracy in (("real", 0.9), ("x01", 0.8), ("x02", 0.85), ("x03", 0.82)):
+        write_json(
+            metrics / f"{name}.json",
+            dict(title=name, images=100, val=scored([accuracy] * 2), test=scored([accuracy, accuracy])),
+        )
+    write_json(metrics / "scaling.json", dict(chosen="x2", protocol="sealed"))
+    (settings.run_folder / "test_readings.jsonl").write_text("{}\n" * 5)
+    return Experiment(settings)
+
+
+@pytest.fixture
+def experiments(settings):
+    return [experiment(settings, "digits"), experiment(settings, "cifar10", 0.05)]
+
+
+def test_the_papers_lines_are_printed_as_they_are(experiments):
+    """Every number of both tables, whatever we ran."""
+    first, second = table_1_text(table_1(experiments), MARKDOWN), table_2_text(table_2(experiments), MARKDOWN)
+    plain = lambda text: float(re.sub(r"[*]|</?u>|,", "", text))  # noqa: E731
+    for dataset, title in paper.DATASET_TITLES.items():
+        line = first[(first["data set"] == title) & (first.who == "paper")].iloc[0]
+        assert [plain(line[f"After {k}"]) for k in (1, 2, 3, 4)] == list(paper.TABLE_1_CAS[dataset].values())
+        seconds = paper.TABLE_1_SECONDS[dataset]
+        assert [plain(line[c]) for c in ("time 1 (s)", "time 2, 3 (s)", "time 4 (s)")] == list(seconds.values())
+        line = second[(second["data set"] == title) & (second.who == "paper")].iloc[0]
+        assert [plain(line[c]) for c in ("Real", *(f"x{k}" for k in range(1, 11)))] == list(
+            paper.TABLE_2[dataset].values()
+        )
+
+
+def test_best_is_bold_and_best_synthetic_underlined(experiments):
+    second = table_2_text(table_2(experiments), MARKDOWN)
+    ours = second[second.who.str.startswith("digits-x")].iloc[0]
+    assert ours["Real"] == "**90.00 ± 0.00**" and ours["x2"] == "<u>85.00 ± 0.00</u>" and ours["x1"] == "80.00 ± 0.00"
+    cifar = second[(second["data set"] == "CIFAR10") & (second.who == "paper")].iloc[0]
+    assert cifar["x7"] == "**<u>85.82</u>**" and cifar["Real"] == "83.26"
+    first = table_1_text(table_1(experiments), MARKDOWN)
+    assert first[first.who.str.startswith("digits-x")].iloc[0]["After 4"] == "**81.00 ± 1.41**"
+
+
+def test_what_was_not_run_says_so_and_what_was_has_its_difference(experiments):
+    second = table_2_text(table_2(experiments), MARKDOWN)
+    not_run = second[second.who == "ours: not run"]
+    assert set(not_run["data set"]) == {"CIFAR100", "PathMNIST", "DermaMNIST", "BloodMNIST", "RetinaMNIST"}
+    assert not not_run[["Real", "x1", "x10"]].to_numpy().any()
+    difference = second[second.who == "difference"].iloc[0]
+    assert difference["x1"] == f"{80 - 79.09:+.2f}" and difference["x10"] == ""
+
+
+def test_without_any_experiment_only_the_paper_stands():
+    assert set(table_2_text(pd.DataFrame(), MARKDOWN).who) == {"paper", "ours: not run"}
+
+
+def test_every_line_names_its_protocol_and_base_model(experiments):
+    assert all(
+        "tiny, sealed" in who
+        for who in table_1_text(table_1(experiments), MARKDOWN).who
+        if who.split(":")[0].endswith("-x")
+    )
+
+
+def test_the_tidy_numbers(experiments):
+    first = table_1(experiments)
+    row = first[(first.experiment == "cifar10-x") & (first.cell == "after_2")].iloc[0]
+    assert row.cas == pytest.approx(56) and row.paper == 47.05 and row.difference == pytest.approx(56 - 47.05)
+    assert row.seeds == 2 and row.majority == 60 and row.worst_class_recall == 50 and row.paper_seconds == 18600
+    assert row.deviation == pytest.approx(100 * np.std([0.55, 0.57], ddof=1))
+
+
+def test_the_ranges_of_the_text(experiments):
+    found = our_gains(table_1(experiments))
+    assert (
+        found["after_2"] == (20.0, 20.0)
+        and found["after_4"] == (50.0, 50.0)
+        and found["time_saved_after_2_percent"] == 50.0
+    )
+
+
+def test_latex_and_markdown_hold_the_same_cells(experiments):
+    table = table_2(experiments)
+    latex, markdown = to_latex(table_2_text(table, LATEX)), to_markdown(table_2_text(table, MARKDOWN))
+    assert latex.count(r"\\") == markdown.count("\n")  # the header counts, the rule does not
+    assert r"\textbf{\underline{85.82}}" in latex and r"\begin{tabular}{llrrrrrrrrrrr}" in latex
+
+
+def test_a_table_is_written_in_four_formats(experiments, tmp_path):
+    files = save_table(tmp_path, "table_2", "Table 2", table_2(experiments), table_2_text, results.notes(experiments))
+    assert sorted(f.suffix for f in files) == [".csv", ".md", ".png", ".tex"] and all(
+        f.stat().st_size > 500 for f in files
+    )
+    again = pd.read_csv(tmp_path / "table_2.csv")
+    assert again[again.cell == "x2"].cas.tolist() == [85.0, 85.0]
+
+
+def test_every_cut_is_printed_under_the_tables(experiments):
+    text = "\n".join(results.notes(experiments))
+    for name, (value, default) in experiments[0].settings.deviations().items():
+        assert f"`{name}` {value} ({default})" in text
+    assert "always answering the commonest class scores 60.0 %" in text and "5 readings on record" in text
+    assert "real validation" in text
+
+
+def test_only_finished_experiments_are_collected(settings):
+    assert results.finished_experiments(settings) == []
+    path = settings.run_folder / "settings.yaml"
+    path.parent.mkdir(parents=True)
+    import yaml
+
+    path.write_text(yaml.safe_dump(settings.as_dict()))
+    assert results.finished_experiments(settings) == []
+    assert isinstance(settings, Settings)
+
+
+def test_the_picture_of_figure_1_holds_our_bars_and_the_papers():
+    rows = [
+        dict(who=who, search=s, parameter=p, importance=0.3, spread=0.0, n=5)
+        for who in ("digits", "paper: cifar10")
+        for s in ("search_1", "search_2")
+        for p in results.PARAMETERS
+    ]
+    figure = results.draw_importances(pd.DataFrame(rows))
+    assert [len(ax.patches) >= 6 for ax in figure.axes] == [True, True]

@@ -1,0 +1,162 @@
+"""An experiment's folder: upstream, staleness, damage, locks; and that a refusal writes nothing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sdlab.run import STEPS, Lock, Run, read_record, step_state, write_json, written_beside
+from sdlab.settings import BadInput
+
+
+def do(settings, number, content="x"):
+    """Run a step that writes one file."""
+    run = Run(settings, STEPS[number].stem)
+    path = run.metrics(f"of_{number}")
+    write_json(path, content)
+    run.finish(path)
+    return path
+
+
+def test_steps_wait_for_what_they_read(settings):
+    with pytest.raises(BadInput, match="run 00_data_and_base_model first"):
+        Run(settings, "01_class_encoder")
+    assert not settings.run_folder.exists()
+    do(settings, "00")
+    do(settings, "01")
+    assert [step_state(settings, n).state for n in ("00", "01", "02")] == ["done", "done", "not run"]
+
+
+def test_an_unfinished_step_is_not_upstream(settings):
+    Run(settings, "00_data_and_base_model").lock.release()
+    assert step_state(settings, "00").state == "begun"
+    with pytest.raises(BadInput, match="which is begun"):
+        Run(settings, "01_class_encoder")
+
+
+def test_other_settings_than_a_finished_steps_are_refused(settings):
+    """By name, old value and new; and nothing is lost."""
+    do(settings, "00")
+    path = do(settings, "01")
+    changed = dataclasses.replace(settings, class_encoder_learning_rate=0.5)
+    assert step_state(changed, "01").why == "made with other settings: class_encoder_learning_rate 0.003 -> 0.5"
+    before = {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}
+    with pytest.raises(
+        BadInput, match=r"class_encoder_learning_rate 0.003 -> 0.5\): give the changed experiment a name of its own"
+    ):
+        Run(changed, "01_class_encoder")
+    assert path.exists() and before == {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}
+
+
+def test_other_settings_than_a_begun_steps_are_refused(settings):
+    Run(settings, "00_data_and_base_model").lock.release()
+    with pytest.raises(BadInput, match="image_size 8 -> 16"):
+        Run(dataclasses.replace(settings, image_size=16), "00_data_and_base_model")
+
+
+def test_settings_that_no_result_depends_on_may_change(settings):
+    do(settings, "00")
+    moved = dataclasses.replace(settings, num_threads=2, device="cpu", search_1_trials=99)
+    assert step_state(moved, "00").state == "done"
+
+
+def test_what_comes_after_a_changed_step_is_stale(settings):
+    for number in ("00", "01", "02"):
+        do(settings, number)
+    changed = dataclasses.replace(settings, class_encoder_epochs=1)
+    assert step_state(changed, "02").why == "01_class_encoder is stale"
+    record = read_record(settings, "01")
+    record["outputs"]["metrics/of_01.json"]["sha256"] = "made anew, with another result"
+    write_json(settings.run_folder / "records" / "01.json", record)
+    assert step_state(settings, "02").why == "01_class_encoder was made anew since"
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(lambda p: p.unlink(), "is missing"), (lambda p: p.write_text("longer than it was"), "bytes instead of")],
+)
+def test_damage_is_named(settings, damage, why):
+    do(settings, "00")
+    damage(do(settings, "01"))
+    state = step_state(settings, "01")
+    assert state.state == "damaged" and why in state.why and "metrics/of_01.json" in state.why
+    with pytest.raises(BadInput, match="run 01_class_encoder again"):
+        Run(settings, "02_first_search")
+    do(settings, "01")
+    assert step_state(settings, "01").state == "done"
+
+
+def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):
+    do(settings, "00")
+    before = (settings.run_folder / "records" / "00.json").read_bytes()
+    run = Run(settings, "00_data_and_base_model")
+    assert run.finished
+    run.finish(run.metrics("of_00"))
+    assert (settings.run_folder / "records" / "00.json").read_bytes() == before
+
+
+HOLD = "import sys, time; from pathlib import Path; from sdlab.run import Lock; lock = Lock(Path(sys.argv[1]), Path('x'), '01_class_encoder'); print('held', flush=True); time.sleep(60)"
+
+
+def test_two_runs_into_one_folder(settings):
+    """The second says who is there; when that process dies, however it dies, the folder is free."""
+    settings.run_folder.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(settings.run_folder / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BadInput, match=f"in use by 01_class_encoder .process {holder.pid} on"):
+        Run(settings, "00_data_and_base_model")
+    assert not (settings.run_folder / "records").exists()
+    holder.kill()
+    holder.wait()
+    Run(settings, "00_data_and_base_model").lock.release()
+
+
+def test_a_notebooks_cell_can_be_run_twice(settings):
+    """The same process opens the step again while its first opening still holds the folder."""
+    first = Run(settings, "00_data_and_base_model")
+    second = Run(settings, "00_data_and_base_model")
+    first.lock.release()  # nothing: the second took it over
+    assert settings.run_folder / ".lock" in Lock.held
+    second.lock.release()
+
+
+def test_a_released_lock_is_free(tmp_path):
+    Lock(tmp_path / "lock", tmp_path, "a").release()
+    Lock(tmp_path / "lock", tmp_path, "b").release()
+
+
+def test_a_half_file_is_never_read(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), written_beside(path) as beside:
+        beside.write_text("{half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_a_damaged_record_is_refused(settings):
+    do(settings, "00")
+    (settings.run_folder / "records" / "00.json").write_text("{half")
+    with pytest.raises(BadInput, match="records/00.json is damaged"):
+        step_state(settings, "00")
+
+
+def test_progress_is_written_for_the_terminal(settings, monkeypatch):
+    monkeypatch.setenv("SDLAB_PROGRESS_FILE_ONLY", "1")
+    run = Run(settings, "00_data_and_base_model")
+    with run.progress(total=10, desc="work", unit="img") as bar:
+        bar.written -= 1
+        bar.update(4)
+    said = json.loads((run.folder / "progress.json").read_text())
+    assert (said["desc"], said["n"], said["total"], said["unit"]) == ("work", 4, 10, "img") and said["rate"] > 0
+    run.lock.release()
+
+
+def test_settings_and_runs_import_no_torch():
+    code = "import sys, sdlab, sdlab.results, sdlab.workflow, sdlab.figures; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

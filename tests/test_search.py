@@ -1,0 +1,190 @@
+"""The searches: real Optuna studies in SQLite that prune, resume and keep what a trial saw."""
+
+import dataclasses
+import sqlite3
+
+import numpy as np
+import optuna
+import pytest
+
+from sdlab import search as search_module
+from sdlab.classifier import Score
+from sdlab.datasets import Split
+from sdlab.evaluation import OperatingPoint
+from sdlab.run import STEPS, Run, StepState
+from sdlab.search import Ranges, final_ranges, first_ranges, open_study, run_search
+from sdlab.settings import BadInput
+
+RANGES = Ranges((5, 50), (0.0, 7.5), (1, 10))
+
+
+class FakeSet:
+    """A synthetic set that costs nothing; it remembers its operating point."""
+
+    def __init__(self, point, log):
+        self.point, self.log, self.folder = point, log, type("Folder", (), {"name": "abc"})
+
+    def split(self, count):
+        made = Split(np.zeros((count, 3, 8, 8), np.uint8), np.arange(count) % 3)
+        self.log.append((self.point, count))
+        object.__setattr__(made, "point", self.point)
+        return made
+
+    def seconds(self, count):
+        return 0.01 * count
+
+
+def cas(point: OperatingPoint, count: int) -> float:
+    """Best at UGS 2, a little better with more images."""
+    return 0.9 - 0.05 * abs(point.guidance_scale - 2) + 0.0001 * count + 0.0001 * point.class_encoder_epoch
+
+
+@pytest.fixture
+def world(settings, monkeypatch):
+    """Settings, a run whose upstream is taken as done, and a log of (point, images) as they are made and (split,) as scored."""
+    settings = dataclasses.replace(settings, search_1_trials=24, search_images=400, search_first_images=100, search_reduction_factor=4,
+                                   search_startup_trials=4)  # fmt: skip
+    monkeypatch.setattr("sdlab.run.step_state", lambda s, n: StepState("not run"))
+    monkeypatch.setitem(STEPS, "02", dataclasses.replace(STEPS["02"], upstream=()))
+    log = dict(made=[], scored=[], stop_after=None)
+
+    def make_set(run, base, data, point, count, seed, desc):
+        if log["stop_after"] is not None and len(log["scored"]) >= log["stop_after"]:
+            raise KeyboardInterrupt
+        return FakeSet(point, log["made"])
+
+    def judge(train, data, settings, seeds, splits, searching):
+        log["scored"].append(tuple(splits))
+        value = cas(train.point, len(train))
+        return {name: [Score(value, 1.0, value, (value,) * 3, 30)] for name in splits}
+
+    monkeypatch.setattr(search_module, "make_set", make_set)
+    monkeypatch.setattr(search_module, "judge", judge)
+    return settings, log
+
+
+def searched(settings, data, trials=24):
+    run = Run(settings, "02_first_search")
+    try:
+        return run_search(run, None, data, "search_1", RANGES, trials, lambda e, s, g: OperatingPoint(e, 0, s, g)), run
+    finally:
+        run.lock.release()
+
+
+def test_pruning_really_prunes_and_the_best_is_found(world, data):
+    settings, log = world
+    found, _ = searched(settings, data)
+    assert found["counts"]["trials"] == 24 and found["counts"]["pruned"] >= 5 and found["counts"]["complete"] >= 3
+    assert found["images"]["generated"] < found["images"]["without_pruning"] == 24 * 400
+    assert abs(found["best"]["point"]["guidance_scale"] - 2) < 1.0
+    assert found["best"]["value"] == max(t["value"] for t in found["trials"] if t["state"] == "complete")
+    pruned = [t for t in found["trials"] if t["state"] == "pruned"]
+    assert all(list(t["intermediate"]) == ["100"] for t in pruned)
+
+
+def test_every_trial_has_a_value_at_the_lowest_rung(world, data):
+    """What fANOVA reads."""
+    found, _ = searched(world[0], data)
+    assert all("100" in t["intermediate"] for t in found["trials"])
+
+
+def test_nothing_is_pruned_where_nothing_should_be(world, data):
+    found, _ = searched(dataclasses.replace(world[0], search_pruner="none"), data, 8)
+    assert found["counts"] == {"trials": 8, "complete": 8, "pruned": 0}
+
+
+def test_one_bracket_prunes_more_than_hyperband(world, data, tmp_path):
+    settings, _ = world
+    one = dataclasses.replace(settings, search_pruner="successive_halving", runs_root=str(tmp_path / "one"))
+    assert searched(one, data)[0]["counts"]["pruned"] > searched(settings, data)[0]["counts"]["pruned"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 7, 20])
+def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, stop_after):
+    """Same trials, same states, same optimum, whenever it was cut: a cut trial goes on under its own number."""
+    settings, log = world
+    whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data)
+    log["scored"].clear()
+    log["stop_after"] = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        searched(settings, data)
+    log["stop_after"] = None
+    resumed, _ = searched(settings, data)
+    times = ("trial_seconds",)
+    strip = lambda found: [{k: v for k, v in t.items() if k not in times} for t in found["trials"]]  # noqa: E731
+    assert strip(resumed) == strip(whole)
+    assert resumed["best"] == whole["best"]
+
+
+@pytest.mark.parametrize(("protocol", "split"), [("sealed", "val"), ("paper", "test")])
+def test_which_split_decides(world, data, protocol, split):
+    """Sealed: no trial sees test data. Paper: it does, and each reading is on record."""
+    settings, log = world
+    _, run = searched(dataclasses.replace(settings, protocol=protocol), data, 3)
+    assert set(log["scored"]) == {(split,)}
+    readings = run.folder / "test_readings.jsonl"
+    assert len(readings.read_text().splitlines()) == 3 if protocol == "paper" else not readings.exists()
+
+
+def test_what_a_trial_saw_is_kept_for_the_dashboard(world, data):
+    settings, _ = world
+    _, run = searched(settings, data, 3)
+    study = open_study(settings, "search_1")
+    assert isinstance(study.pruner, optuna.pruners.HyperbandPruner) and study.direction.name == "MAXIMIZE"
+    for trial in study.trials:
+        assert {
+            "generation_seconds",
+            "point",
+            "split",
+            "images",
+            "balanced_accuracy",
+            "recall",
+        } <= trial.user_attrs.keys()
+        picture = run.folder / "artifacts" / trial.user_attrs["artifact"]
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    with sqlite3.connect(run.folder / "searches.db") as database:
+        assert database.execute("select count(*) from trial_intermediate_values").fetchone()[0] >= 3
+
+
+def test_a_storage_that_cannot_be_opened_is_refused(world):
+    with pytest.raises(BadInput, match="cannot be opened"):
+        open_study(dataclasses.replace(world[0], storage="nonsense://x"), "search_1")
+
+
+def test_all_trials_use_the_same_noise(world, data, monkeypatch):
+    seeds = []
+    make = search_module.make_set
+    monkeypatch.setattr(
+        search_module,
+        "make_set",
+        lambda run, base, data, point, count, seed, desc: (
+            seeds.append(seed) or make(run, base, data, point, count, seed, desc)
+        ),
+    )
+    searched(world[0], data, 4)
+    assert len(set(seeds)) == 1
+
+
+def test_ranges_of_both_searches(settings):
+    s = dataclasses.replace(settings, search_min_steps=5, search_max_steps=50, class_encoder_epochs=50, unet_epochs=10)
+    assert first_ranges(s) == Ranges((5, 50), (0.0, 7.5), (1, 50))
+    assert final_ranges(s, OperatingPoint(30, 0, 31, 1.75)) == Ranges((5, 31), (0.0, 3.5), (1, 10))
+    assert final_ranges(s, OperatingPoint(30, 0, 5, 0.0)) == Ranges((5, 5), (0.0, 0.0), (1, 10))
+
+
+def test_degenerate_ranges_are_searched(world, data):
+    """IS* = 5 and UGS* = 0 leave one value each: only the epoch varies."""
+    settings, _ = world
+    run = Run(settings, "02_first_search")
+    found = run_search(
+        run, None, data, "search_2", Ranges((5, 5), (0.0, 0.0), (1, 10)), 6, lambda e, s, g: OperatingPoint(e, 0, s, g)
+    )
+    assert {(t["params"]["num_inference_steps"], t["params"]["guidance_scale"]) for t in found["trials"]} == {(5, 0.0)}
+    run.lock.release()
+
+
+def test_a_finished_search_is_loaded(world, data):
+    settings, log = world
+    first, _ = searched(settings, data, 3)
+    count = len(log["scored"])
+    assert searched(settings, data, 3)[0] == first and len(log["scored"]) == count

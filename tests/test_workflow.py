@@ -1,0 +1,116 @@
+"""The command line: one sentence and exit code 1 for bad input, and nothing written."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import SMOKE
+
+from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
+from sdlab.workflow import cli, plain_table
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A parameter file whose runs would go to tmp_path/runs."""
+
+    def write(**more):
+        given = (
+            yaml.safe_load(SMOKE.read_text())
+            | dict(runs_root=str(tmp_path / "runs"), reports_root=str(tmp_path / "reports"))
+            | more
+        )
+        path = tmp_path / "given.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in given.items() if v is not None}))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (dict(unet_epoch=3), "did you mean `unet_epochs`"),
+        (dict(experiment=None), "name no `experiment`"),
+        (dict(unet_learning_rate="1e-4"), "without quotes"),
+        (dict(search_max_guidance=-1), "`search_max_guidance` is -1.0"),
+        (dict(search_min_steps=0), "`search_min_steps` is 0"),
+        (dict(search_1_max_epoch=9), "epochs 1 to 2"),
+        (dict(dataset="digit"), "Did you mean `digits`"),
+        (dict(protocol="open"), "allowed are 'sealed', 'paper'"),
+    ],
+)
+def test_bad_parameters(file, tmp_path, more, said):
+    done = invoke("run", file(**more))
+    assert done.exit_code == 1 and said in done.output and done.output.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "digitz"), "Did you mean `digits`"),
+        (("run", "digits", "-p", "unet_epoch", "3"), "did you mean `unet_epochs`"),
+        (("run", "digits", "--until", "12"), "notebooks are 00, 01"),
+        (("status", "nowhere.yaml"), "no parameter file"),
+        (("settings", "unet_epoch"), "did you mean `unet_epochs`"),
+    ],
+)
+def test_bad_arguments(arguments, said):
+    done = invoke(*arguments)
+    assert done.exit_code == 1 and said in done.output and "Traceback" not in done.output
+
+
+def test_the_dashboard_needs_a_search(file):
+    done = invoke("dashboard", file())
+    assert done.exit_code == 1 and "run 02_first_search first" in done.output
+
+
+def test_status_of_nothing(file, tmp_path):
+    done = invoke("status", file())
+    assert done.exit_code == 0 and done.output.count("not run") == 8 and "can run" in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_setting_is_listed():
+    listed = invoke("settings").output
+    assert all(f"\n{name} " in "\n" + listed for name in Settings.__dataclass_fields__)
+
+
+def test_every_parameter_file_is_valid_and_named_after_its_experiment():
+    files = sorted(PARAMS.glob("*.yaml"))
+    assert "digits" in [path.stem for path in files]
+    for path in files:
+        assert Settings.from_file(path).experiment == path.stem
+
+
+def test_a_parameter_file_says_only_what_deviates():
+    for path in PARAMS.glob("*.yaml"):
+        given = yaml.safe_load(path.read_text())
+        same = [
+            name
+            for name in given
+            if name in Settings.__dataclass_fields__ and given[name] == Settings.__dataclass_fields__[name].default
+        ]
+        assert not same, f"{path.name}: {same} are the defaults"
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys, sdlab.workflow; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
+    assert "EXPERIMENT is a name in params/" in invoke("--help").output
+
+
+def test_plain_tables_keep_ours_and_leave_the_papers_lines_out():
+    text = "| data set | who | Real |\n| --- | --- | --- |\n| digits | x: tiny | **90** |\n| CIFAR10 | paper | 83.26 |\n| CIFAR10 | ours: not run |  |"
+    assert plain_table(text).splitlines() == [
+        "data set  who      Real  ",
+        "--------  -------  ------",
+        "digits    x: tiny  **90**",
+    ]
