@@ -36,7 +36,7 @@ class ClassEncoder(ModelMixin, ConfigMixin):
 
         Near 1 the classes differ along one direction only: the encoder has collapsed (METHOD, item 8).
         """
-        classes = self.table()[:-1].flatten(1).double()
+        classes = self.table()[:-1].detach().flatten(1).double()
         variances = torch.linalg.svdvals(classes - classes.mean(0)).square()
         ratios = variances / variances.sum()
         return float(torch.special.entr(ratios).sum().exp())

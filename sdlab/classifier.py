@@ -123,7 +123,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ResNet20(num_classes, recipe.filters).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=True)
     images, labels = as_tensors(train, device)
     batches = endless_batches(len(labels), recipe.batch_size, generator)
     per_pass = math.ceil(len(labels) / recipe.batch_size)

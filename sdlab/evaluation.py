@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sdlab.base_models import BaseModel
+from sdlab.base_models import BaseModel, choose_device
 from sdlab.class_encoder import ClassEncoder
 from sdlab.classifier import Recipe, Score, score, train_classifier
 from sdlab.datasets import ImageDataset, Split
-from sdlab.generation import GenerationPlan, SyntheticSet, generate, uniform_labels
+from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
 from sdlab.run import Run, read_json, sha256_of_json, write_json
 from sdlab.settings import Settings
@@ -93,19 +93,13 @@ def judge(
 ) -> dict[str, list[Score]]:
     """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed."""
     recipe = Recipe.of(settings, searching)
-    device = judge_device(settings)
+    device = choose_device(settings.device)
     scores: dict[str, list[Score]] = {name: [] for name in splits}
     for seed in seeds:
         trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device)
         for name in splits:
             scores[name].append(score(trained.model, data.splits[name]))
     return scores
-
-
-def judge_device(settings: Settings):
-    from sdlab.base_models import choose_device
-
-    return choose_device(settings.device)
 
 
 def summary(scores: Sequence[Score]) -> dict:
@@ -169,8 +163,6 @@ def score_split(run: Run, train: Split, data: ImageDataset, name: str, title: st
 
 def scale_up(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, progress: Callable) -> list[dict]:
     """Table 2: real, x1 ... x10 of the real training set's size, nested in one pool with its class distribution."""
-    from sdlab.generation import real_labels
-
     settings, size = run.settings, len(data.train)
     labels, seed = real_labels(data.train.labels), derive_seed(settings.seed, "table 2")
     pool = make_set(run, base, data, point, size * settings.scaling_max, seed, labels, desc="x10 pool")

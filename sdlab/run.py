@@ -168,6 +168,30 @@ def step_state(settings: Settings, number: str) -> StepState:
     return StepState("done", seconds=record["seconds"])
 
 
+def check_step(settings: Settings, number: str) -> StepState:
+    """The state of a step that can be opened. Raises `BadInput` if what it reads is not there, or it was made otherwise."""
+    step, folder = STEPS[number], settings.run_folder
+    for upstream in (STEPS[n] for n in step.upstream):
+        state = step_state(settings, upstream.number)
+        if state.state in ("not run", "begun"):
+            raise BadInput(
+                f"{step.stem} reads what {upstream.stem} writes, which is {state.state} in {folder}: "
+                f"run {upstream.stem} first (`sdlab run` takes them in order)."
+            )
+        if state.state != "done":
+            raise BadInput(f"{upstream.stem} is {state.state} in {folder} ({state.why}): {way_out(state, upstream)}")
+    state = step_state(settings, number)
+    if state.state == "stale":
+        raise BadInput(f"{step.stem} is stale in {folder} ({state.why}): {way_out(state, step)}")
+    return state
+
+
+def way_out(state: StepState, step: Step) -> str:
+    if state.state == "damaged":
+        return f"run {step.stem} again, which makes what is missing."
+    return "give the changed experiment a name of its own, undo the change, or move the old folder away."
+
+
 # ----------------------------------------------------------------------------------------------------- lock
 
 
@@ -259,33 +283,11 @@ class Run:
 
     def __init__(self, settings: Settings, stem: str):
         self.settings, self.step, self.folder = settings, STEPS[stem[:2]], settings.run_folder
-        for number in self.step.upstream:
-            state, upstream = step_state(settings, number), STEPS[number]
-            if state.state in ("not run", "begun"):
-                raise BadInput(
-                    f"{self.step.stem} reads what {upstream.stem} writes, which is {state.state} in {self.folder}: "
-                    f"run {upstream.stem} first (`sdlab run` takes them in order)."
-                )
-            if state.state != "done":
-                raise BadInput(
-                    f"{upstream.stem} is {state.state} in {self.folder} ({state.why}): {self.way_out(state, upstream)}"
-                )
-        state = step_state(settings, self.step.number)
-        if state.state == "stale":
-            raise BadInput(
-                f"{self.step.stem} is stale in {self.folder} ({state.why}): {self.way_out(state, self.step)}"
-            )
-        self.finished = state.state == "done"
+        self.finished = check_step(settings, self.step.number).state == "done"
         self.started, self.lock = time.monotonic(), None
         if not self.finished:
             self.begin()
         self.progress = functools.partial(Progress, self.folder / "progress.json")
-
-    @staticmethod
-    def way_out(state: StepState, step: Step) -> str:
-        if state.state == "damaged":
-            return f"run {step.stem} again, which makes what is missing."
-        return "give the changed experiment a name of its own, undo the change, or move the old folder away."
 
     def begin(self) -> None:
         self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)

@@ -81,7 +81,9 @@ def train(
     frozen.requires_grad_(False).eval()
     trained.requires_grad_(True).train()
     device, scheduler = base.unet.device, base.noise_scheduler()
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, eps=1e-8, fused=True
+    )
     done = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer)
     if not all(intact(epoch_folder(folder, epoch + 1)) for epoch in range(done)):
         raise BadInput(

@@ -17,7 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from sdlab.datasets import check_name
-from sdlab.run import STEPS, Lock, Step, step_state
+from sdlab.run import STEPS, Lock, Step, check_step, step_state
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -80,8 +80,7 @@ def run(settings: Settings, until: str) -> None:
     for step in STEPS.values():
         if step.number > until:
             break
-        state = step_state(settings, step.number)
-        if state.state == "done":
+        if check_step(settings, step.number).state == "done":
             click.echo(f"{step.stem:<24} finished before, skipped")
             continue
         seconds = execute(settings, step)

@@ -90,7 +90,7 @@ def test_a_missing_shard_is_made_again_the_same(pipeline, tmp_path):
     made = generate(pipeline, plan(), tmp_path, 12)
     before = shards(made)
     made.shard(1).unlink()
-    with pytest.raises(BadInput, match="shard_00001.safetensors is missing"):
+    with pytest.raises(BadInput, match=r"shard_00001\.safetensors is missing"):
         made.split(12)
     assert shards(generate(pipeline, plan(), tmp_path, 12)) == before
 
@@ -100,7 +100,7 @@ def test_a_damaged_shard_is_refused_by_name(pipeline, tmp_path):
     content = bytearray(made.shard(1).read_bytes())
     content[-1] ^= 1
     made.shard(1).write_bytes(content)
-    with pytest.raises(BadInput, match="shard_00001.safetensors is truncated or altered"):
+    with pytest.raises(BadInput, match=r"shard_00001\.safetensors is truncated or altered"):
         made.split(8)
     assert len(made.split(4)) == 4
 

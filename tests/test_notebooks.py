@@ -66,7 +66,7 @@ def test_a_notebook_before_its_upstream_says_which_to_run(world):
     [
         (dict(experiment="smoke", unet_epoch=3), "did you mean `unet_epochs`?"),
         (dict(unet_epochs=3), "injected parameters name no `experiment`"),
-        (dict(experiment="smoke", unet_learning_rate="1e-4"), "Write 0.0001 without quotes"),
+        (dict(experiment="smoke", dataset="digits", unet_learning_rate="1e-4"), "Write 0.0001 without quotes"),
     ],
 )
 def test_bad_parameters_through_plain_papermill(world, parameters, said):

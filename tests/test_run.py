@@ -142,7 +142,7 @@ def test_a_half_file_is_never_read(tmp_path):
 def test_a_damaged_record_is_refused(settings):
     do(settings, "00")
     (settings.run_folder / "records" / "00.json").write_text("{half")
-    with pytest.raises(BadInput, match="records/00.json is damaged"):
+    with pytest.raises(BadInput, match=r"records/00\.json is damaged"):
         step_state(settings, "00")
 
 

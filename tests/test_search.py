@@ -72,7 +72,7 @@ def searched(settings, data, trials=24):
 
 
 def test_pruning_really_prunes_and_the_best_is_found(world, data):
-    settings, log = world
+    settings, _ = world
     found, _ = searched(settings, data)
     assert found["counts"]["trials"] == 24 and found["counts"]["pruned"] >= 5 and found["counts"]["complete"] >= 3
     assert found["images"]["generated"] < found["images"]["without_pruning"] == 24 * 400

@@ -158,7 +158,7 @@ def test_a_damaged_resume_state_is_refused(base, moments, tmp_path):
     with pytest.raises(Killed):
         fit(base, moments, tmp_path, plan(), progress=DiesAt(5))
     damaged(tmp_path / "resume.safetensors", "truncated")
-    with pytest.raises(BadInput, match="resume.safetensors is damaged"):
+    with pytest.raises(BadInput, match=r"resume\.safetensors is damaged"):
         fit(base, moments, tmp_path, plan())
 
 
