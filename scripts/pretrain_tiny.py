@@ -10,6 +10,8 @@ they are thrown away: what remains is a UNet that listens to (tokens, width) emb
     python scripts/pretrain_tiny.py unet --state ~/tiny-state --steps 14000
     python scripts/pretrain_tiny.py export --state ~/tiny-state --to sdlab/tiny
 
+(docs/log.md says how the committed weights were made, which differs in one point.)
+
 Everything random is drawn from (seed, step), so a run that was cut resumes from its state file and the
 first steps repeat exactly on one machine at equal thread count. `train_log.csv` lies beside the state.
 """
@@ -205,20 +207,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 class Trainer:
     """One training loop for both stages: a state file, a log, an average of the weights (EMA)."""
 
-    def __init__(self, stage: str, module: torch.nn.Module, state: Path, lr: float):
+    def __init__(self, stage: str, module: torch.nn.Module, state: Path, lr: float, drawn_from: list[int]):
         self.stage, self.module, self.path, self.lr, self.step = stage, module, state / f"{stage}.pt", lr, 0
+        self.drawn_from = drawn_from  # seed and batch size: a run that resumes has to have the same
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         state.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = torch.load(self.path, weights_only=True)
+            if kept["drawn_from"] != drawn_from:
+                found = "seed {} and batch size {}".format(*kept["drawn_from"])
+                raise click.ClickException(f"{self.path} was made with {found}: give the same, or another --state.")
             module.load_state_dict(kept["module"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.ema, self.step = kept["ema"], kept["step"]
 
     def save(self) -> None:
         kept = dict(
-            module=self.module.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step
+            module=self.module.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema=self.ema,
+            step=self.step,
+            drawn_from=self.drawn_from,
         )
         torch.save(kept, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
@@ -290,7 +300,7 @@ def vae(state: Path, seed: int, threads: int, steps: int, batch_size: int) -> No
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return l1 + F.mse_loss(decoded, images) + 1e-3 * kl, l1.item()
 
-    Trainer("vae", model, state, lr=2e-3).run(loss_of_step, steps)
+    Trainer("vae", model, state, 2e-3, [seed, batch_size]).run(loss_of_step, steps)
 
 
 def load_vae(state: Path) -> AutoencoderKL:
@@ -330,7 +340,7 @@ def unet(state: Path, seed: int, threads: int, steps: int, batch_size: int) -> N
         loss = F.mse_loss(both["unet"](noisy, timesteps, tokens).sample, noise)
         return loss, loss.item()
 
-    Trainer("unet", both, state, lr=1e-3).run(loss_of_step, steps)
+    Trainer("unet", both, state, 1e-3, [seed, batch_size]).run(loss_of_step, steps)
 
 
 @cli.command()

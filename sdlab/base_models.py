@@ -5,19 +5,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 
-from sdlab.run import sha256_of_file
+from sdlab.run import sha256_of_file, sha256_of_json
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 TINY = Path(__file__).parent / "tiny"
 # Of a hub repository only these are fetched. The text encoder's config (not its weights) says how many tokens it gave.
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 WANTED = (
     "unet/config.json",
-    "unet/*.safetensors",
+    f"unet/{WEIGHTS}",
     "vae/config.json",
-    "vae/*.safetensors",
+    f"vae/{WEIGHTS}",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
 )
@@ -47,6 +49,10 @@ class BaseModel:
     def vae_scale(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def fingerprint(self) -> str:
+        """One hash over weights and noise schedule: what a result was made from."""
+        return sha256_of_json([self.sha256, self.scheduler_config])
+
     def noise_scheduler(self) -> DDIMScheduler:
         """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, for training."""
         return DDIMScheduler.from_config(self.scheduler_config)
@@ -73,9 +79,9 @@ def base_model_folder(settings: Settings) -> tuple[Path, str]:
     name = settings.base_model
     if name == "tiny":
         return TINY, "tiny"
-    for folder in (Path(name).expanduser(), PROJECT_ROOT / name):
-        if folder.is_dir():
-            return folder, str(name)
+    folder = PROJECT_ROOT / Path(name).expanduser()
+    if folder.is_dir():
+        return folder, name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise BadInput(
             f"`base_model` is {name!r}: it has to be `tiny`, a diffusers folder that exists, or a hub id `owner/name`."
@@ -110,12 +116,12 @@ def load_base_model(settings: Settings) -> BaseModel:
     parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
     hashes = {}
     for name, kind in parts.items():
-        files = sorted((folder / name).glob("*.safetensors"))
-        if not files:
+        weights = folder / name / WEIGHTS
+        if not weights.is_file():
             raise BadInput(
-                f"The base model {source} has no safetensors in {folder / name}: pickled weights are not read."
+                f"The base model {source} has no {name}/{WEIGHTS} in {folder}: pickled weights are not read."
             )
-        hashes |= {f"{name}/{file.name}": sha256_of_file(file) for file in files}
+        hashes[f"{name}/{WEIGHTS}"] = sha256_of_file(weights)
         try:
             parts[name] = kind.from_pretrained(
                 folder / name, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
@@ -125,7 +131,42 @@ def load_base_model(settings: Settings) -> BaseModel:
                 f"The base model {source} cannot be loaded from {folder / name}: {first_line(error)}"
             ) from None
         parts[name].requires_grad_(False).eval()
+    make_scheduler(settings.scheduler, scheduler_config)  # refuse an unknown one now, not after the first training
     return BaseModel(source, parts["vae"], parts["unet"], scheduler_config, tokens, hashes)
+
+
+def make_scheduler(name: str, config: dict) -> SchedulerMixin:
+    """A diffusers scheduler by class name, on the base model's noise schedule. Raises `BadInput` for one that cannot sample.
+
+    For DDIM: `leading` timesteps offset by 1 and a final alpha of 1, the authors' sampler (METHOD: conventions); SD's own
+    config says `set_alpha_to_one=False`.
+    """
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+        raise BadInput(
+            f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler."
+        )
+    leading = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="leading")
+    try:
+        scheduler = kind.from_config(config, **(leading if name == "DDIMScheduler" else {}))
+        rehearse(scheduler)
+    except Exception as error:
+        raise BadInput(
+            f"`scheduler` is {name!r}, which cannot sample from this base model ({type(error).__name__}: {first_line(error)}): "
+            "take one for latent diffusion, as DDIMScheduler or DPMSolverMultistepScheduler."
+        ) from None
+    return scheduler
+
+
+def rehearse(scheduler: SchedulerMixin, num_inference_steps: int = 5) -> None:
+    """Five steps on nothing, as the pipeline makes them: raises whatever a scheduler of another kind raises."""
+    scheduler.set_timesteps(num_inference_steps)
+    latents = torch.zeros(1, 4, 2, 2) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(torch.zeros_like(latents), timestep, latents).prev_sample
+    if not scheduler.timesteps[0] > scheduler.timesteps[-1]:
+        raise ValueError("its timesteps rise, so it adds noise")
 
 
 def config_file(folder: Path, name: str) -> dict:

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +114,13 @@ class TrainedClassifier:
 
 
 def train_classifier(
-    train: Split, val: Split, num_classes: int, recipe: Recipe, seed: int, device="cpu"
+    train: Split,
+    val: Split,
+    num_classes: int,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device | str = "cpu",
+    after_epoch: Callable[[], Any] | None = None,
 ) -> TrainedClassifier:
     """Train ResNet20 on `train`; plateau, stopping and the choice of weights watch the accuracy on `val`.
 
@@ -143,6 +151,8 @@ def train_classifier(
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
         accuracy = float((predict(model, val).argmax(1) == val.labels).mean())
+        if after_epoch is not None:
+            after_epoch()
         rate = optimizer.param_groups[0]["lr"]
         history.append(
             dict(epoch=epoch, loss=torch.stack(losses).mean().item(), val_accuracy=accuracy, learning_rate=rate)

@@ -8,16 +8,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel, choose_device
+from sdlab.base_models import BaseModel, choose_device, make_scheduler
 from sdlab.class_encoder import ClassEncoder
 from sdlab.classifier import Recipe, Score, score, train_classifier
 from sdlab.datasets import ImageDataset, Split
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
-from sdlab.run import Run, read_json, sha256_of_json, write_json
+from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+from sdlab.run import Run, read_json, sha256_of_json
 from sdlab.settings import Settings
 from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
 
@@ -40,9 +43,7 @@ def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> ClassCond
     if point.unet_epoch:
         unet = load_checkpoint(type(base.unet), run.folder / "unet", point.unet_epoch, device)
     scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
-    pipeline = ClassConditionalStableDiffusionPipeline(base.vae, unet, class_encoder, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return ClassConditionalStableDiffusionPipeline(base.vae, unet, class_encoder, scheduler)
 
 
 def plan_generation(
@@ -89,16 +90,19 @@ def judge(
     settings: Settings,
     seeds: Sequence[int],
     splits: Sequence[str],
+    progress: Callable = tqdm,
+    desc: str = "classifier",
     searching: bool = False,
 ) -> dict[str, list[Score]]:
     """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed."""
     recipe = Recipe.of(settings, searching)
     device = choose_device(settings.device)
     scores: dict[str, list[Score]] = {name: [] for name in splits}
-    for seed in seeds:
-        trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device)
-        for name in splits:
-            scores[name].append(score(trained.model, data.splits[name]))
+    with progress(total=len(seeds) * recipe.epochs, desc=f"{desc}: {len(seeds)} classifiers", unit="epoch") as bar:
+        for seed in seeds:
+            trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, bar.update)
+            for name in splits:
+                scores[name].append(score(trained.model, data.splits[name]))
     return scores
 
 
@@ -118,67 +122,65 @@ def summary(scores: Sequence[Score]) -> dict:
     )
 
 
+def score_cell(run: Run, train: Split, data: ImageDataset, name: str, title: str, **more: Any) -> dict:
+    """A cell of a table: several classifiers on one training set, read on the test set; kept in `metrics/<name>.json`."""
+    settings = run.settings
+    seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
+    run.note_test_reading(f"{title}: {len(seeds)} classifiers")
+    scores = judge(train, data, settings, seeds, ("val", "test"), run.progress, title)
+    cell = dict(title=title, images=len(train), **more, val=summary(scores["val"]), test=summary(scores["test"]))
+    return run.keep(name, cell)
+
+
 def score_point(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, name: str, title: str) -> dict:
-    """One cell of Table 1: fresh noise, several classifier seeds, read on the test set; kept in `metrics/<name>.json`.
+    """One cell of Table 1: fresh noise, several classifier seeds.
 
     The noise is the same for all cells (a paired comparison) and never that of a search.
     """
-    path = run.metrics(name)
-    if path.exists():
-        return read_json(path)
-    settings = run.settings
-    made = make_set(run, base, data, point, settings.search_images, derive_seed(settings.seed, "table 1"), desc=title)
-    seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
-    run.note_test_reading(f"Table 1, {title}: {len(seeds)} classifiers")
-    scores = judge(made.split(settings.search_images), data, settings, seeds, ("val", "test"))
-    seconds = made.seconds(settings.search_images)
-    result = dict(
-        title=title,
+    if run.metrics(name).exists():
+        return read_json(run.metrics(name))
+    count = run.settings.search_images
+    made = make_set(run, base, data, point, count, derive_seed(run.settings.seed, "table 1"), desc=title)
+    seconds = made.seconds(count)
+    return score_cell(
+        run, made.split(count), data, name, title,
         point=asdict(point),
-        images=settings.search_images,
         synthetic=made.folder.name,
-        fingerprint=made.fingerprint(settings.search_images),
+        fingerprint=made.fingerprint(count),
         generation_seconds=round(seconds, 2),
-        seconds_per_image_step=seconds / settings.search_images / point.num_inference_steps,
-        val=summary(scores["val"]),
-        test=summary(scores["test"]),
-    )
-    write_json(path, result)
-    return result
+        seconds_per_image_step=seconds / count / point.num_inference_steps,
+    )  # fmt: skip
 
 
-def score_split(run: Run, train: Split, data: ImageDataset, name: str, title: str) -> dict:
-    """A cell of Table 2: the same classifier recipe on a real or synthetic training set; `metrics/<name>.json`."""
-    path = run.metrics(name)
-    if path.exists():
-        return read_json(path)
-    settings = run.settings
-    seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
-    run.note_test_reading(f"Table 2, {title}: {len(seeds)} classifiers")
-    scores = judge(train, data, settings, seeds, ("val", "test"))
-    result = dict(title=title, images=len(train), val=summary(scores["val"]), test=summary(scores["test"]))
-    write_json(path, result)
-    return result
-
-
-def scale_up(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, progress: Callable) -> list[dict]:
+def scale_up(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint) -> list[dict]:
     """Table 2: real, x1 ... x10 of the real training set's size, nested in one pool with its class distribution."""
-    settings, size = run.settings, len(data.train)
-    labels, seed = real_labels(data.train.labels), derive_seed(settings.seed, "table 2")
-    pool = make_set(run, base, data, point, size * settings.scaling_max, seed, labels, desc="x10 pool")
-    cells = []
-    with progress(total=settings.scaling_max + 1, desc="train on real, x1, x2 ...", unit="set") as bar:
-        cells.append(score_split(run, data.train, data, "real", "real"))
-        bar.update()
-        for k in range(1, settings.scaling_max + 1):
-            cells.append(score_split(run, pool.split(k * size), data, f"x{k:02d}", f"x{k}"))
-            bar.update()
+    size, most = len(data.train), run.settings.scaling_max
+    pool, cells = None, []
+    for k in range(most + 1):
+        name, title = ("real", "real") if k == 0 else (f"x{k:02d}", f"x{k}")
+        if run.metrics(name).exists():
+            cells.append(read_json(run.metrics(name)))
+            continue
+        if k and pool is None:
+            pool = make_pool(run, base, data, point, most * size)
+        cells.append(score_cell(run, pool.split(k * size) if k else data.train, data, name, title))
     return cells
+
+
+def make_pool(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, count: int) -> SyntheticSet:
+    """The first `count` images of the set that Table 2 is filled from."""
+    seed = derive_seed(run.settings.seed, "table 2")
+    return make_set(run, base, data, point, count, seed, real_labels(data.train.labels), desc="pool")
+
+
+def deciding_split(protocol: str) -> str:
+    """Which real images decide. `sealed`: validation data; `paper`: the test set (METHOD, item 3)."""
+    return {"sealed": "val", "paper": "test"}[protocol]
 
 
 def best_scale(cells: Sequence[dict], protocol: str) -> dict:
     """The synthetic set to use: best on validation data (sealed), or on the test set (paper)."""
-    split = "val" if protocol == "sealed" else "test"
+    split = deciding_split(protocol)
     return max((cell for cell in cells if cell["title"] != "real"), key=lambda cell: cell[split]["mean"])
 
 
@@ -187,15 +189,13 @@ def found_point(run: Run, search: str) -> OperatingPoint:
     return OperatingPoint(**read_json(run.metrics(search), "run its notebook first.")["best"]["point"])
 
 
-def sheet(split: Split, path: Path, rows: int = 5) -> Path:
-    """A picture of the first images, a column a class where labels go round: PNG, each pixel drawn 4 x 4."""
-    from PIL import Image
-
-    columns = max(1, min(len(split) // rows, int(split.labels.max()) + 1))
-    tiles = split.images[: rows * columns].reshape(rows, columns, *split.images.shape[1:])
-    picture = np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2)).reshape(
-        rows * split.images.shape[2], columns * split.images.shape[3], 3
-    )
+def sheet(split: Split, path: Path) -> Path:
+    """A picture of up to 50 images, ten a row, each pixel drawn 4 x 4: PNG."""
+    images = split.images[:50]
+    columns = min(10, len(images))
+    rows = len(images) // columns
+    tiles = images[: rows * columns].reshape(rows, columns, *images.shape[1:]).transpose(0, 3, 1, 4, 2)
+    picture = np.ascontiguousarray(tiles).reshape(rows * images.shape[2], columns * images.shape[3], 3)
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(picture)
     image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(path)

@@ -8,8 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sdlab.datasets import ImageDataset, Split
-
-SHORT = {"guidance_scale": "UGS", "num_inference_steps": "IS", "epoch": "epoch"}
+from sdlab.importance import LABELS
 
 
 def image_grid(split: Split, per_class: int, title: str) -> Figure:
@@ -97,21 +96,16 @@ def search_progress(search: Mapping) -> Figure:
     return figure
 
 
-def search_landscape(search: Mapping) -> Figure:
-    """CAS at the lowest rung against each parameter; a ring for every trial that was scored to the end."""
-    return marginals({search["study"]: search})
-
-
 def marginals(searches: Mapping[str, Mapping]) -> Figure:
-    """CAS at the lowest rung against each parameter, a row a search."""
+    """CAS at the lowest rung against each parameter, a row a search; a ring for each trial that was scored to the end."""
     figure, axes = plt.subplots(len(searches), 3, figsize=(9, 2.6 * len(searches) + 0.4), sharey="row", squeeze=False)
     for row, (name, search) in zip(axes, searches.items(), strict=True):
         table, lowest = trials_table(search), f"CAS@{search['rungs'][0]}"
         complete = table[table.state == "complete"]
-        for ax, parameter in zip(row, SHORT, strict=True):
+        for ax, parameter in zip(row, LABELS, strict=True):
             ax.scatter(table[parameter], table[lowest], s=18)
             ax.scatter(complete[parameter], complete[lowest], s=70, facecolors="none", edgecolors="C3")
-            ax.set_xlabel(SHORT[parameter])
+            ax.set_xlabel(LABELS[parameter])
             ax.grid(alpha=0.3)
         row[0].set_ylabel(f"{name}\nCAS at {search['rungs'][0]} images (%)")
     figure.tight_layout()

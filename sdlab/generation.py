@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -68,7 +69,9 @@ class SyntheticSet:
     @property
     def manifest(self) -> dict:
         path = self.folder / "manifest.json"
-        return read_json(path) if path.exists() else {"plan": self.plan.__dict__, "shards": {}}
+        # The labels stand in the shards: a period may be as long as the real training set.
+        plan = {name: value for name, value in self.plan.__dict__.items() if name != "labels"}
+        return read_json(path) if path.exists() else {"plan": plan, "shards": {}}
 
     def shard(self, index: int) -> Path:
         return self.folder / f"shard_{index:05d}.safetensors"
@@ -120,27 +123,37 @@ def generate(
     missing = [i for i in range(wanted) if str(i) not in manifest["shards"] or not made.shard(i).is_file()]
     if not missing:
         return made
-    pipeline.set_progress_bar_config(disable=True)
-    with progress(
-        total=wanted * plan.shard_size, initial=(wanted - len(missing)) * plan.shard_size, desc=desc, unit="img"
-    ) as bar:
+    done = (wanted - len(missing)) * plan.shard_size
+    with progress(total=wanted * plan.shard_size, initial=done, desc=desc, unit="img") as bar:
         for index in missing:
             first = index * plan.shard_size
             started = time.perf_counter()
-            images = generate_images(pipeline, plan, range(first, first + plan.shard_size))
+            images = generate_images(pipeline, plan, range(first, first + plan.shard_size), bar.update)
             seconds = time.perf_counter() - started
             with written_beside(made.shard(index)) as beside:
-                save_file({"images": images}, beside)
+                save_file({"images": images, "labels": plan.labels_of(first, first + plan.shard_size)}, beside)
             entry = dict(sha256=sha256_of_file(made.shard(index)), seconds=round(seconds, 3))
             manifest["shards"][str(index)] = entry
             manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
             write_json(made.folder / "manifest.json", manifest)
-            bar.update(plan.shard_size)
     return made
 
 
-def generate_images(pipeline, plan: GenerationPlan, indices: Sequence[int]) -> np.ndarray:
-    """Images of these places in the sequence: uint8 (n, 3, image_size, image_size)."""
+def generate_images(
+    pipeline, plan: GenerationPlan, indices: Sequence[int], made: Callable[[int], Any] | None = None
+) -> np.ndarray:
+    """Images of these places in the sequence: uint8 (n, 3, image_size, image_size).
+
+    `made` hears how many more images' worth of denoising is done, n in all.
+    """
+    steps = 0
+
+    def after_step():
+        nonlocal steps
+        before, steps = len(indices) * steps // plan.num_inference_steps, steps + 1
+        if made is not None and steps <= plan.num_inference_steps:  # second-order schedulers make more
+            made(len(indices) * steps // plan.num_inference_steps - before)
+
     output = pipeline(
         labels=plan.labels_of(indices[0], indices[-1] + 1),
         num_inference_steps=plan.num_inference_steps,
@@ -148,5 +161,6 @@ def generate_images(pipeline, plan: GenerationPlan, indices: Sequence[int]) -> n
         seeds=[derive_seed(plan.seed, i) for i in indices],
         size=plan.base_size,
         output_type="pt",
+        after_step=after_step,
     )
     return to_uint8(output.images, plan.image_size)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 PARAMETERS = ("guidance_scale", "epoch", "num_inference_steps")
+LABELS = {"guidance_scale": "UGS", "epoch": "epoch", "num_inference_steps": "IS"}  # the paper's names
 
 
 def lowest_rung(search: Mapping) -> tuple[np.ndarray, np.ndarray]:
@@ -89,3 +90,31 @@ def main_effects(shares: pd.DataFrame) -> pd.DataFrame:
     """The parameters' own shares, made to sum to 1 in each forest, as Optuna's plots and Figure 1 show them."""
     mains = shares[list(PARAMETERS)]
     return mains.div(mains.sum(axis=1).replace(0, 1), axis=0)
+
+
+def describe(search: Mapping, forests: int) -> dict:
+    """fANOVA of one exported search as plain data: shares, main effects, and which parameter is first.
+
+    `first` is None where the CAS does not vary, or no parameter is first in more than half of the forests.
+    """
+    shares = fanova(search, forests)
+    mains = main_effects(shares)
+    winners = mains[mains.sum(axis=1) > 0].idxmax(axis=1).value_counts()
+    decided = len(winners) and winners.iloc[0] > forests / 2
+    return dict(
+        n=len(search["trials"]),
+        images=search["rungs"][0],
+        forests=forests,
+        shares={name: dict(mean=shares[name].mean(), spread=float(shares[name].std(ddof=0))) for name in shares},
+        main_effects={name: dict(mean=mains[name].mean(), spread=float(mains[name].std(ddof=0))) for name in mains},
+        first=winners.index[0] if decided else None,
+        forests_that_agree=int(winners.iloc[0]) if decided else 0,
+    )
+
+
+def verdict(name: str, found: Mapping) -> str:
+    """Is UGS the most important parameter, as the paper says? One sentence."""
+    word = {None: "undetermined", "guidance_scale": "confirmed"}.get(found["first"], "refuted")
+    mains = ", ".join(f"{LABELS[p]} {found['main_effects'][p]['mean']:.2f}" for p in PARAMETERS)
+    agree = f"{found['forests_that_agree']} of {found['forests']} forests agree"
+    return f"{name}: UGS as the most important parameter is {word} ({mains}; {agree}; {found['n']} trials at {found['images']} images)."

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -52,7 +51,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback: Callable[[int], None] | None = None,
+        after_step: Callable[[], None] | None = None,
     ) -> ClassConditionalOutput | tuple:
         """Generate one image for each label.
 
@@ -65,7 +64,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             latents: (n, channels, h, w) standard normal noise instead of `seeds`. One of the two is needed.
             size: side of the image in pixels; default: the UNet's own `sample_size`.
             output_type: `pil`, `np` (n, h, w, 3 in [0, 1]), `pt` (n, 3, h, w in [-1, 1]) or `latent` (unscaled).
-            callback: called with 1 after each step.
+            after_step: called after each step, for progress.
 
         Raises:
             BadInput: a label, step count or guidance outside its range, or neither seeds nor latents.
@@ -91,8 +90,8 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
                 noise_pred_uncond, noise_pred_cond = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_cond - noise_pred_uncond)
             latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
-            if callback:
-                callback(1)
+            if after_step:
+                after_step()
 
         images = latents
         if output_type != "latent":
@@ -109,10 +108,9 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             raise BadInput(
                 f"`labels` has to be a list of class indices 0 to {classes - 1}; found {labels.tolist()[:8]}."
             )
-        if not 1 <= num_inference_steps <= self.scheduler.config.num_train_timesteps:
-            raise BadInput(
-                f"`num_inference_steps` is {num_inference_steps}: allowed is 1 to {self.scheduler.config.num_train_timesteps}."
-            )
+        most = self.scheduler.config.num_train_timesteps - 1  # leading timesteps are offset by one
+        if not 1 <= num_inference_steps <= most:
+            raise BadInput(f"`num_inference_steps` is {num_inference_steps}: allowed is 1 to {most}.")
         if not 0 <= guidance_scale < float("inf"):
             raise BadInput(f"`guidance_scale` is {guidance_scale}: allowed is 0 or more.")
         if (seeds is None) == (latents is None):
@@ -136,20 +134,3 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
-
-
-def make_scheduler(name: str, config: dict) -> SchedulerMixin:
-    """A diffusers scheduler by class name, on the base model's noise schedule. Raises `BadInput` for another name.
-
-    For DDIM: `leading` timesteps offset by 1 and a final alpha of 1, the authors' sampler (METHOD: conventions); SD's own
-    config says `set_alpha_to_one=False`.
-    """
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
-        raise BadInput(
-            f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler."
-        )
-    if name == "DDIMScheduler":
-        leading = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="leading")
-        return kind.from_config(config, **leading)
-    return kind.from_config(config)

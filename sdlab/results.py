@@ -13,12 +13,12 @@ import pandas as pd
 import yaml
 
 from sdlab import paper
-from sdlab.importance import PARAMETERS, fanova, main_effects
-from sdlab.run import read_json, read_record, step_state, written_beside
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.importance import LABELS, PARAMETERS
+from sdlab.run import digest, read_json, read_record, step_state, written_beside
+from sdlab.settings import BadInput, Settings
 
+FORMATS = ("csv", "md", "tex", "png")
 STEPS_OF_TABLE_1 = ("after_1", "after_2", "after_3", "after_4")
-LABELS = {"guidance_scale": "UGS", "epoch": "epoch", "num_inference_steps": "IS"}
 METRICS_NOTE = (
     "CAS: top-1 accuracy (%) on real test images of a ResNet20 trained on generated images only; its plateau, early "
     "stopping and choice of weights watch *real validation* images. Mean ± deviation over classifier seeds; the binomial "
@@ -40,20 +40,44 @@ class Experiment:
     def metrics(self, name: str) -> dict:
         return read_json(self.settings.run_folder / "metrics" / f"{name}.json")
 
-    def searches(self) -> dict[str, dict]:
-        return {name: self.metrics(name) for name in ("search_1", "search_2")}
+    @property
+    def digest(self) -> str:
+        return digest(read_record(self.settings, "05"))
 
 
 def finished_experiments(settings: Settings) -> list[Experiment]:
     """All experiments under `runs_root` whose tables can be filled (step 05 done), in the order of their names."""
     found = []
-    for path in sorted((PROJECT_ROOT / settings.runs_root).glob("*/settings.yaml")):
-        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in sorted(settings.run_folder.parent.glob("*/settings.yaml")):
         # The folder says where it is now; it may have been moved since.
-        theirs = Settings.from_mapping(kept | {"runs_root": settings.runs_root, "experiment": path.parent.name})
-        if read_record(theirs, "05") and step_state(theirs, "05").state == "done":
+        moved = dict(runs_root=settings.runs_root, reports_root=settings.reports_root, experiment=path.parent.name)
+        try:
+            theirs = Settings.from_mapping((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | moved)
+            done = {number: step_state(theirs, number).state for number in ("05", "06")}
+        except (BadInput, yaml.YAMLError, TypeError):
+            continue  # another version's folder, or none of ours: it must not keep the others from their tables
+        if set(done.values()) == {"done"}:
             found.append(Experiment(theirs))
     return found
+
+
+def sources(experiments: list[Experiment]) -> dict[str, str]:
+    """What tables were made from: a digest of each experiment."""
+    return {e.settings.experiment: e.digest for e in experiments}
+
+
+def tables_are_current(settings: Settings) -> bool:
+    """Whether the tables in the report folder are there, and made from the experiments that are finished now."""
+    path = settings.report_folder / "sources.json"
+    return (
+        path.exists()
+        and read_json(path) == sources(finished_experiments(settings))
+        and all(
+            (settings.report_folder / f"{table}.{kind}").exists()
+            for table in ("table_1", "table_2")
+            for kind in FORMATS
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -275,9 +299,27 @@ def notes(experiments: list[Experiment]) -> list[str]:
             f"{data['base_model']}; {sum(n)} test images; always answering the commonest class scores "
             f"{100 * data['majority_share_test']:.1f} %; classifier images {s.image_size} px."
         )
+        lines.append(chosen_sentence(experiment))
         cuts = ", ".join(f"`{name}` {value} ({default})" for name, (value, default) in s.deviations().items())
         lines.append(f"{s.experiment}: settings that differ from the paper's, which are in brackets: {cuts}.")
     return lines
+
+
+def chosen_sentence(experiment: Experiment) -> str:
+    """The result of an experiment: the size that was chosen without its test score, beside the real baseline."""
+    chosen, real = experiment.metrics("scaling")["chosen"], experiment.metrics("real")["test"]
+    test = experiment.metrics(f"x{int(chosen[1:]):02d}")["test"]
+    by = "validation images" if experiment.settings.protocol == "sealed" else "the test set"
+    error = 100 * math.hypot(test["standard_error"], real["standard_error"])
+    return (
+        f"{experiment.settings.experiment}: chosen on {by}: {chosen}, CAS {percent(test)} beside {percent(real)} for real images "
+        f"({100 * (test['mean'] - real['mean']):+.2f} points; {len(test['accuracy'])} classifier seeds each; standard error of the "
+        f"difference on {test['n']} test images at most {error:.2f})."
+    )
+
+
+def percent(test: Mapping) -> str:
+    return f"{100 * test['mean']:.2f}" + ("" if test["std"] is None else f" ± {100 * test['std']:.2f}") + " %"
 
 
 # -------------------------------------------------------------------------------------------------- figure 1
@@ -287,11 +329,11 @@ def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
     """Importances of each search, averaged over forests: a row an experiment, search and parameter, the paper's too."""
     rows = []
     for experiment in experiments:
-        for name, search in experiment.searches().items():
-            effects = main_effects(fanova(search, experiment.settings.importance_forests))
-            common = dict(who=experiment.settings.experiment, search=name, n=len(search["trials"]))
+        for name, found in experiment.metrics("importance").items():
+            common = dict(who=experiment.settings.experiment, search=name, n=found["n"])
             rows += [
-                dict(common, parameter=p, importance=effects[p].mean(), spread=effects[p].std()) for p in PARAMETERS
+                dict(common, parameter=p, importance=e["mean"], spread=e["spread"])
+                for p, e in found["main_effects"].items()
             ]
     for name, published in (("search_1", paper.FIGURE_1_SEARCH_1), ("search_2", paper.FIGURE_1_SEARCH_2)):
         for dataset, values in published.items():
@@ -321,7 +363,7 @@ def save_table(
     comments = "\n".join(f"% {remark}" for remark in [title, marks, *remarks])
     save_text(folder / f"{name}.tex", f"{comments}\n{to_latex(layout(table, LATEX))}")
     draw_table(layout(table, PLAIN), title, folder / f"{name}.png")
-    return [folder / f"{name}.{kind}" for kind in ("csv", "md", "tex", "png")]
+    return [folder / f"{name}.{kind}" for kind in FORMATS]
 
 
 def save_figure(figure, path: Path) -> Path:
@@ -386,7 +428,7 @@ def draw_scaling(table: pd.DataFrame, title: str):
         ms=13,
         mfc="none",
         mec="C3",
-        label=f"chosen on validation: {chosen.cell}, {chosen.cas:.1f} %",
+        label=f"chosen on {'validation' if chosen.protocol == 'sealed' else 'test'}: {chosen.cell}, {chosen.cas:.1f} %",
     )
     axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)", title=title)
     axes.set_xticks(k)

@@ -30,6 +30,8 @@ from tqdm.auto import tqdm
 
 from sdlab.settings import BadInput, Settings
 
+# Of a training: clocked times, and a state that is of use only until the training ends.
+NOT_OUTPUTS = ("history.json", "resume.safetensors")
 PACKAGES = ("torch", "diffusers", "optuna", "numpy", "scikit-learn")
 
 
@@ -116,9 +118,9 @@ def read_record(settings: Settings, number: str) -> dict | None:
 
 
 def digest(record: dict) -> str:
-    """What a step is, to those that come after it: its settings, its own upstream, its files."""
+    """What a step is, to those that come after it: its settings, its own upstream, its inputs, its files."""
     outputs = {name: output["sha256"] for name, output in record["outputs"].items()}
-    return sha256_of_json([record["settings"], record["upstream"], outputs])
+    return sha256_of_json([record["settings"], record["upstream"], record["inputs"], outputs])
 
 
 def differences(settings: Settings, number: str, record: dict) -> str:
@@ -165,6 +167,9 @@ def step_state(settings: Settings, number: str) -> StepState:
             return StepState("damaged", f"{name} is missing")
         if path.stat().st_size != output["bytes"]:
             return StepState("damaged", f"{name} has {path.stat().st_size} bytes instead of {output['bytes']}")
+        # Weights are hashed when they are loaded; results and manifests are small enough to be hashed each time.
+        if path.suffix == ".json" and sha256_of_file(path) != output["sha256"]:
+            return StepState("damaged", f"{name} was altered")
     return StepState("done", seconds=record["seconds"])
 
 
@@ -181,15 +186,19 @@ def check_step(settings: Settings, number: str) -> StepState:
         if state.state != "done":
             raise BadInput(f"{upstream.stem} is {state.state} in {folder} ({state.why}): {way_out(state, upstream)}")
     state = step_state(settings, number)
-    if state.state == "stale":
-        raise BadInput(f"{step.stem} is stale in {folder} ({state.why}): {way_out(state, step)}")
+    # What is missing is made again; what was altered is a user's file now, and is not written over.
+    if state.state == "stale" or (state.state == "damaged" and not state.why.endswith("is missing")):
+        raise BadInput(f"{step.stem} is {state.state} in {folder} ({state.why}): {way_out(state, step)}")
     return state
 
 
 def way_out(state: StepState, step: Step) -> str:
     if state.state == "damaged":
-        return f"run {step.stem} again, which makes what is missing."
-    return "give the changed experiment a name of its own, undo the change, or move the old folder away."
+        return f"move that file away if it is still there, and run {step.stem} again, which makes it anew."
+    return (
+        "undo the change, or give the changed experiment a name of its own (copy its parameter file and change "
+        "`experiment`), or move the old folder away."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- lock
@@ -240,9 +249,9 @@ class Progress:
     `sdlab run` renders the file and sets SDLAB_PROGRESS_FILE_ONLY, so that no bars stand in the executed notebooks.
     """
 
-    def __init__(self, path: Path, total: int, desc: str, unit: str, initial: int = 0):
+    def __init__(self, path: Path | None, total: int, desc: str, unit: str, initial: int = 0):
         self.path, self.written, self.started = path, 0.0, time.monotonic()
-        self.said = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0)
+        self.said = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0, time=time.time())
         self.initial = initial
         silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
         self.bar = None if silent else tqdm(desc=desc, total=total, initial=initial, unit=unit, leave=False)
@@ -258,9 +267,11 @@ class Progress:
 
     def say(self) -> None:
         self.written = time.monotonic()
+        self.said["time"] = time.time()
         # Only a display: a disk that is full must not stop the work for it.
         with contextlib.suppress(OSError):
-            write_json(self.path, self.said)
+            if self.path is not None:
+                write_json(self.path, self.said)
 
     def __enter__(self) -> "Progress":
         return self
@@ -274,23 +285,43 @@ class Progress:
 
 
 class Run:
-    """One step of one experiment, opened by its notebook: `run = Run(settings, "02_first_search")`.
+    """One step of one experiment, opened by its notebook: `run = Run(settings, "02_first_search", data, base)`.
 
     Opening checks before it writes: the steps this one reads are finished, made with the present settings, and
-    complete; if this step was begun or finished before, it was with the same settings; nobody else is at work.
-    Raises `BadInput` otherwise. A finished step opens for reading only and its functions load what they once made.
+    complete; if this step was begun or finished before, it was with the same settings; data set and base model are
+    those that step 00 saw; nobody else is at work. Raises `BadInput` otherwise.
+    A finished step opens for reading: its functions load what they once made.
+
+    Args:
+        data, base: whatever has a `fingerprint()`; left out by steps that read neither.
     """
 
-    def __init__(self, settings: Settings, stem: str):
+    def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None):
         self.settings, self.step, self.folder = settings, STEPS[stem[:2]], settings.run_folder
-        self.finished = check_step(settings, self.step.number).state == "done"
+        given = dict(data=data, base_model=base)
+        self.inputs = {name: value.fingerprint() for name, value in given.items() if value is not None}
+        state = check_step(settings, self.step.number)
+        self.check_inputs()
         self.started, self.lock = time.monotonic(), None
-        if not self.finished:
-            self.begin()
-        self.progress = functools.partial(Progress, self.folder / "progress.json")
+        self.finished = state.state == "done" or not self.begin()
+        self.progress = functools.partial(Progress, None if self.finished else self.folder / "progress.json")
 
-    def begin(self) -> None:
+    def check_inputs(self) -> None:
+        """Raises `BadInput` if the data set or the base model changed under the experiment."""
+        first = read_record(self.settings, "00")
+        for name, found in self.inputs.items():
+            if first is not None and first["inputs"].get(name) != found:
+                raise BadInput(
+                    f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that 00_data_and_base_model "
+                    f"saw in {self.folder} (its content differs): restore it, or give the experiment another name."
+                )
+
+    def begin(self) -> bool:
+        """Take the folder and record the step as begun; False if another process finished it meanwhile."""
         self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
+        if check_step(self.settings, self.step.number).state == "done":
+            self.lock.release()
+            return False
         before = read_record(self.settings, self.step.number)
         with written_beside(self.folder / "settings.yaml") as beside:
             beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
@@ -298,23 +329,34 @@ class Run:
             step=self.step.stem,
             settings=self.settings.of_step(self.step.number),
             upstream={n: digest(read_record(self.settings, n)) for n in self.step.upstream},
+            inputs=self.inputs,
             outputs={},
             begun=before["begun"] if before else now(),
+            opened=f"{now()} by process {os.getpid()}",
             finished=None,
             seconds=before["seconds"] if before else 0.0,
             versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
         write_json(record_path(self.settings, self.step.number), self.record)
+        return True
 
     def finish(self, *outputs: Path) -> None:
-        """Record the step as finished with these files and folders (all files below them), and let the folder go."""
+        """Record the step as finished with these files and folders (all files below them), and let the folder go.
+
+        Raises `BadInput` if one is not there: a cell above was left out or interrupted.
+        """
         if self.finished:
             return
-        files = [path for output in outputs for path in ([output] if output.is_file() else sorted(output.rglob("*")))]
+        files = []
+        for output in outputs:
+            below = [output] if output.is_file() else sorted(path for path in output.rglob("*") if path.is_file())
+            if not below:
+                raise BadInput(f"{output} is missing: run all cells above this one first.")
+            files += below
         self.record["outputs"] = {
             path.relative_to(self.folder).as_posix(): dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
             for path in files
-            if path.is_file()
+            if path.name not in NOT_OUTPUTS
         }
         self.record["finished"] = now()
         self.record["seconds"] += round(time.monotonic() - self.started, 1)
@@ -322,6 +364,12 @@ class Run:
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
+
+    def keep(self, name: str, result: Any) -> Any:
+        """Write a result to `metrics/<name>.json`, unless the step is finished; the result as it reads back."""
+        if not self.finished:
+            write_json(self.metrics(name), result)
+        return json.loads(json.dumps(result))
 
     def metrics(self, name: str) -> Path:
         """Where a result is kept: `metrics/<name>.json`."""

@@ -21,8 +21,8 @@ from optuna.trial import Trial, TrialState
 
 from sdlab.base_models import BaseModel
 from sdlab.datasets import ImageDataset
-from sdlab.evaluation import OperatingPoint, found_point, judge, make_set, sheet
-from sdlab.run import Run, read_json, write_json
+from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet
+from sdlab.run import Run, read_json, sha256_of_json
 from sdlab.settings import BadInput, Settings
 from sdlab.training import derive_seed
 
@@ -121,16 +121,28 @@ def run_search(
         return read_json(path)
     settings = run.settings
     study = open_study(settings, search)
+    check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
     artifacts = FileSystemArtifactStore(base_path=artifact_folder(run.folder))
-    with run.progress(total=trials, desc=search.replace("_", " "), unit="trial") as bar:
+    done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
         for number in range(trials):
             study.sampler = new_sampler(settings, search, number)
             trial = next_trial(study, number)
             if trial is not None:
                 run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
-            bar.update()
-    write_json(path, export(study, settings, ranges, point_of))
-    return read_json(path)
+                bar.update()
+    return run.keep(search, export(study, settings, ranges, point_of))
+
+
+def check_lineage(study: optuna.Study, lineage: str) -> None:
+    """A study goes on only with what it began with. Raises `BadInput` for one of another experiment, or of an older one."""
+    if "lineage" not in study.user_attrs and not study.get_trials(deepcopy=False):
+        study.set_user_attr("lineage", lineage)
+    if study.user_attrs.get("lineage") != lineage:
+        raise BadInput(
+            f"The storage holds a study {study.study_name} that was begun with other settings or checkpoints: give the "
+            "experiment another name, or the `storage` setting another database."
+        )
 
 
 def artifact_folder(folder: Path) -> Path:
@@ -156,32 +168,27 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
     guidance = trial.suggest_float("guidance_scale", *ranges.guidance_scale)
     epoch = trial.suggest_int("epoch", *ranges.epoch)
     point = point_of(epoch, steps, guidance)
-    split = objective_split(settings.protocol)
+    split = deciding_split(settings.protocol)
     if split == "test":
         run.note_test_reading(f"{study.study_name}, trial {trial.number}: the paper's protocol maximises test accuracy")
     seed = derive_seed(settings.seed, "search")
-    state, images = TrialState.COMPLETE, 0
+    state, name = TrialState.COMPLETE, f"trial {trial.number}"
     for images in settings.rungs():
-        made = make_set(run, base, data, point, images, seed, desc=f"trial {trial.number}")
+        made = make_set(run, base, data, point, images, seed, desc=name)
+        classifier_seeds = [derive_seed(settings.seed, "search classifier")]
         scored = judge(
-            made.split(images),
-            data,
-            settings,
-            [derive_seed(settings.seed, "search classifier")],
-            [split],
-            searching=True,
+            made.split(images), data, settings, classifier_seeds, [split], run.progress, name, searching=True
         )
         value = scored[split][0].accuracy
         with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
             warnings.simplefilter("ignore")
             trial.report(value, step=images)
-        if images < settings.search_images and trial.should_prune():
+        # A pruner may answer otherwise when it is asked twice, as a trial that was cut after its answer would.
+        if trial.user_attrs.get("pruned_at") == images or (images < settings.search_images and trial.should_prune()):
+            trial.set_user_attr("pruned_at", images)
             state = TrialState.PRUNED
             break
-    picture = sheet(
-        made.split(min(images, 5 * data.num_classes)),
-        run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png",
-    )
+    picture = sheet(made.split(images), run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png")
     kept = dict(
         point=asdict(point),
         images=images,
@@ -199,11 +206,6 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
             "artifact", upload_artifact(artifact_store=artifacts, file_path=str(picture), study_or_trial=trial)
         )
     study.tell(trial.number, value if state == TrialState.COMPLETE else None, state=state)
-
-
-def objective_split(protocol: str) -> str:
-    """`sealed`: validation data; `paper`: the test set (METHOD, item 3)."""
-    return {"sealed": "val", "paper": "test"}[protocol]
 
 
 def export(study: optuna.Study, settings: Settings, ranges: Ranges, point_of) -> dict:

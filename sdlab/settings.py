@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class Settings:
 
     # Generation.
     scheduler: str = setting("DDIMScheduler", "any diffusers scheduler, by class name", steps=GENERATING)
-    default_num_inference_steps: int = setting(50, "IS before any search (After 1)", steps="01", low=1, high=1000)
+    default_num_inference_steps: int = setting(50, "IS before any search (After 1)", steps="01", low=1, high=999)
     default_guidance_scale: float = setting(7.5, "UGS before any search (After 1)", steps="01", low=0.0, high=100.0)
     shard_size: int = setting(
         250, "images a file and a batch; part of what makes a set's bytes", steps=GENERATING, low=1
@@ -108,9 +109,9 @@ class Settings:
     search_pruner: str = setting(
         "hyperband", "how rungs are cut", steps="02 04", choices=("hyperband", "successive_halving", "none")
     )
-    search_startup_trials: int = setting(10, "random trials before TPE models them (a bracket)", steps="02 04", low=1)
-    search_min_steps: int = setting(5, "lowest IS of both searches", steps="02 04", low=1, high=1000)
-    search_max_steps: int = setting(50, "highest IS of step 2", steps="02", low=1, high=1000)
+    search_startup_trials: int = setting(10, "random trials before TPE models them", steps="02 04", low=1)
+    search_min_steps: int = setting(5, "lowest IS of both searches", steps="02 04", low=1, high=999)
+    search_max_steps: int = setting(50, "highest IS of step 2", steps="02", low=1, high=999)
     search_max_guidance: float = setting(7.5, "highest UGS of step 2", steps="02", low=0.0, high=100.0)
     search_1_min_epoch: int = setting(1, "first Class-Encoder epoch searched", steps="02", low=1)
     search_1_max_epoch: int = setting(
@@ -170,8 +171,8 @@ class Settings:
         """Settings from a notebook's parameters: `Settings.from_notebook(locals())` right after the parameters cell.
 
         `params/<experiment>.yaml` is read and what was injected or edited in the notebook is laid on top. Parameters
-        are the plain values assigned by cells that do nothing but assign plain values, so the cell can be run again
-        at any time. Cells that papermill injects have to name their experiment.
+        are what the parameters cell and papermill's injected one assign, so these cells can be edited and run again at
+        any time. Injected parameters have to name their experiment.
         """
         given = notebook_parameters(namespace)
         experiment = given.get("experiment")
@@ -190,9 +191,15 @@ class Settings:
 
     def check_together(self) -> None:
         """Rules between settings. Raises `BadInput`."""
-        if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.experiment):
             raise BadInput(
-                f"`experiment` is {self.experiment!r}: it names a folder, so it may hold no / and no leading dot."
+                f"`experiment` is {self.experiment!r}: it names a folder, so it is made of letters, digits, and . _ - only."
+            )
+        ragged = [images for images in self.rungs() if images % self.shard_size]
+        if ragged:
+            raise BadInput(
+                f"A trial would be scored at {ragged[0]} images, which is no multiple of `shard_size` ({self.shard_size}): "
+                "images are made in whole shards, so choose `search_first_images` and `search_images` as multiples."
             )
         if self.search_first_images > self.search_images:
             raise BadInput(
@@ -242,11 +249,11 @@ class Settings:
 
     @property
     def run_folder(self) -> Path:
-        return PROJECT_ROOT / self.runs_root / self.experiment
+        return PROJECT_ROOT / Path(self.runs_root).expanduser() / self.experiment
 
     @property
     def report_folder(self) -> Path:
-        return PROJECT_ROOT / self.reports_root / self.experiment
+        return PROJECT_ROOT / Path(self.reports_root).expanduser() / self.experiment
 
     @property
     def storage_url(self) -> str:
@@ -317,23 +324,27 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Names and values that a notebook's parameter cells assigned.
 
-    In a notebook, `In` holds the source of every cell that ran: parameters are what its assigning cells assigned,
-    however much the notebook has computed since. Elsewhere they are the plain values of the namespace.
+    In a notebook, `In` holds the source of every cell that ran: parameters are what the parameters cell (it assigns
+    `experiment`) and papermill's injected one assigned when they were last run, however much the notebook has computed
+    since. Elsewhere they are the plain values of the namespace.
     """
     cells = namespace.get("In")
     if cells is None:
         ignored = (types.ModuleType, types.FunctionType, type)
         return {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, ignored)}
-    names: list[str] = []
+    edited, injected = [], []
     for source in cells:
         assigned = assigned_names(source)
-        if source.startswith("# Parameters\n") and "experiment" not in assigned:
-            raise BadInput(
-                "The injected parameters name no `experiment`: a parameter file begins with `experiment: <name>` "
-                "(with papermill -p, add `-p experiment <name>`)."
-            )
-        names += assigned
-    return {name: namespace[name] for name in dict.fromkeys(names) if name in namespace}
+        if source.startswith("# Parameters\n"):
+            injected = assigned
+            if "experiment" not in assigned:
+                raise BadInput(
+                    "The injected parameters name no `experiment`: a parameter file begins with `experiment: <name>` "
+                    "(with papermill -p, add `-p experiment <name>`)."
+                )
+        elif "experiment" in assigned:  # the parameters cell, as it was run last
+            edited = assigned
+    return {name: namespace[name] for name in dict.fromkeys([*edited, *injected]) if name in namespace}
 
 
 def assigned_names(source: str) -> list[str]:

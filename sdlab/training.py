@@ -8,6 +8,8 @@ with target = noise (epsilon) or sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v), whiche
 All randomness derives from (seed, part, epoch), so a run that was cut resumes at its last epoch with the same bytes.
 """
 
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -174,8 +176,9 @@ def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: 
 def fine_tune_unet(
     run: Run, base: BaseModel, data: ImageDataset, moments: Moments, class_encoder_epoch: int
 ) -> list[dict]:
-    """Step 3: the UNet, the Class-Encoder of step 2's best epoch frozen. Checkpoints in `unet/`; changes `base.unet`."""
+    """Step 3: a copy of the base model's UNet, the Class-Encoder of step 2's best epoch frozen. Checkpoints in `unet/`."""
     s = run.settings
+    base = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
     plan = TrainingPlan(
         "unet", s.unet_epochs, s.unet_batch_size, s.unet_learning_rate, s.weight_decay, s.max_grad_norm, s.seed
     )

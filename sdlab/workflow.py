@@ -17,7 +17,8 @@ import yaml
 from tqdm import tqdm
 
 from sdlab.datasets import check_name
-from sdlab.run import STEPS, Lock, Step, check_step, step_state
+from sdlab.results import tables_are_current
+from sdlab.run import STEPS, Lock, Step, check_step, record_path, step_state
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -53,12 +54,20 @@ def with_settings(command):
     )
     @click.pass_context
     def wrapped(ctx, experiment, given, **kwargs):
-        on_top = {name: yaml.safe_load(value) for name, value in given}
+        on_top = {name: parsed(name, value) for name, value in given}
         return ctx.invoke(command, settings=Settings.from_file(parameter_file(experiment), **on_top), **kwargs)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     wrapped.__click_params__ = getattr(wrapped, "__click_params__", []) + getattr(command, "__click_params__", [])
     return wrapped
+
+
+def parsed(name: str, value: str):
+    """A value of -p, as a parameter file would read it. Raises `BadInput`."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BadInput(f"The value of -p {name} is {value!r}, which YAML cannot read: put it in quotes.") from None
 
 
 # ------------------------------------------------------------------------------------------------------ run
@@ -80,7 +89,8 @@ def run(settings: Settings, until: str) -> None:
     for step in STEPS.values():
         if step.number > until:
             break
-        if check_step(settings, step.number).state == "done":
+        done = check_step(settings, step.number).state == "done"
+        if done and (step.number != "07" or tables_are_current(settings)):
             click.echo(f"{step.stem:<24} finished before, skipped")
             continue
         seconds = execute(settings, step)
@@ -96,10 +106,12 @@ def run(settings: Settings, until: str) -> None:
 def execute(settings: Settings, step: Step) -> float:
     """One notebook through papermill, its progress shown here. Returns seconds. Raises `BadInput` on its failure."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    started = time.monotonic()
+    started, record = time.monotonic(), record_path(settings, step.number)
+    before = record.read_bytes() if record.exists() else None
     with tempfile.TemporaryDirectory() as scratch, Watcher(settings.run_folder / "progress.json", step.stem):
         output = Path(scratch) / f"{step.stem}.ipynb"
         try:
@@ -112,8 +124,14 @@ def execute(settings: Settings, step: Step) -> float:
                 extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning about TCP for every kernel
             )
         except PapermillExecutionError as error:
-            kept = keep_executed(settings, output)
+            # A notebook that was refused before it opened its step leaves nothing.
+            opened = record.exists() and record.read_bytes() != before
+            kept = keep_executed(settings, output) if opened else None
             raise BadInput(failure(step, error, kept)) from None
+        except DeadKernelError:
+            raise BadInput(
+                f"The kernel of {step.stem} died (often: out of memory): the same command goes on where it was."
+            ) from None
         except KeyboardInterrupt:
             raise BadInput(f"Stopped during {step.stem}: the same command goes on where it was.") from None
         keep_executed(settings, output)
@@ -133,6 +151,8 @@ def keep_executed(settings: Settings, output: Path) -> Path | None:
     if not settings.run_folder.exists() or not output.exists():
         return None
     text = output.read_text(encoding="utf-8")
+    if settings.storage:  # may hold a password
+        text = text.replace(json.dumps(settings.storage)[1:-1], "(storage)")
     for path in (str(output.parent), str(PROJECT_ROOT)):
         text = text.replace(json.dumps(path)[1:-1] + "/", "").replace(json.dumps(path)[1:-1], ".")
     kept = settings.run_folder / "notebooks" / output.name
@@ -193,7 +213,7 @@ class Watcher(threading.Thread):
         self.on_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> "Watcher":
-        self.path.unlink(missing_ok=True)
+        self.started_at = time.time()
         self.start()
         return self
 
@@ -209,6 +229,8 @@ class Watcher(threading.Thread):
             try:
                 said = json.loads(self.path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
+                continue
+            if said["time"] < self.started_at:  # of an earlier run
                 continue
             if self.on_terminal:
                 self.draw(said)

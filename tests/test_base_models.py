@@ -48,7 +48,7 @@ def test_tiny_is_small_enough_for_git_and_has_a_card(settings):
         ("vae/config.json", "no readable vae/config.json"),
         ("scheduler/scheduler_config.json", "no readable scheduler/scheduler_config.json"),
         ("text_encoder/config.json", "no readable text_encoder/config.json"),
-        ("unet/diffusion_pytorch_model.safetensors", "has no safetensors"),
+        ("unet/diffusion_pytorch_model.safetensors", "pickled weights are not read"),
     ],
 )
 def test_an_incomplete_folder_is_refused(settings, base_folder, tmp_path, gone, said):
@@ -81,3 +81,19 @@ def test_an_unknown_base_model_is_refused(settings, name, said):
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(BadInput, match="which this machine does not have"):
         choose_device(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "VQDiffusionScheduler", "DDIMInverseScheduler", "DDIM", "Unheard"]
+)
+def test_a_scheduler_that_cannot_sample_is_refused_at_once(settings, name):
+    with pytest.raises(BadInput, match=f"`scheduler` is '{name}'"):
+        load_base_model(dataclasses.replace(settings, scheduler=name))
+
+
+def test_the_fingerprint_follows_the_weights(settings, base, v_base_folder):
+    assert base.fingerprint() == load_base_model(settings).fingerprint()
+    assert (
+        base.fingerprint()
+        != load_base_model(dataclasses.replace(settings, base_model=str(v_base_folder))).fingerprint()
+    )

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder
-from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
+from sdlab.generation import GenerationPlan, SyntheticSet, generate, generate_images, real_labels, uniform_labels
+from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.settings import BadInput
 from sdlab.training import derive_seed
 
@@ -15,11 +16,9 @@ from sdlab.training import derive_seed
 def pipeline(base):
     torch.manual_seed(1)
     encoder = ClassEncoder(3, base.tokens, base.width, hidden=16)
-    made = ClassConditionalStableDiffusionPipeline(
+    return ClassConditionalStableDiffusionPipeline(
         base.vae, base.unet, encoder, make_scheduler("DDIMScheduler", base.scheduler_config)
     )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def plan(**more):
@@ -37,7 +36,7 @@ class Killed(Exception):
 
 
 def dies_after(shard_count):
-    """A progress bar that raises after so many shards."""
+    """A progress bar that raises after so many shards, half a shard being one of its two steps."""
 
     class Bar:
         def __init__(self, **_):
@@ -50,19 +49,19 @@ def dies_after(shard_count):
             pass
 
         def update(self, _):
-            self.left -= 1
+            self.left -= 0.5  # a shard is two steps here
             if not self.left:
                 raise Killed
 
     return Bar
 
 
-@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("after", [0.5, 1.5, 2.5])
 def test_same_bytes_after_a_kill(pipeline, tmp_path, after):
     whole = generate(pipeline, plan(), tmp_path / "whole", 12)
     with pytest.raises(Killed):
         generate(pipeline, plan(), tmp_path / "cut", 12, progress=dies_after(after))
-    assert len(shards(SyntheticSet(tmp_path / "cut" / plan().key(), plan()))) == after
+    assert len(shards(SyntheticSet(tmp_path / "cut" / plan().key(), plan()))) == int(after)
     cut = generate(pipeline, plan(), tmp_path / "cut", 12)
     assert len(shards(whole)) == 3 and shards(whole) == shards(cut)
 
@@ -139,3 +138,18 @@ def test_seconds_are_clocked(pipeline, tmp_path):
 def test_derived_seeds_do_not_collide():
     seeds = {derive_seed(s, i) for s in range(3) for i in range(2000)} | {derive_seed("a", 1), derive_seed(1, "a")}
     assert len(seeds) == 6002
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_progress_counts_every_image_once(pipeline, tmp_path, steps):
+    heard = []
+    generate_images(pipeline, plan(num_inference_steps=steps), range(5), heard.append)
+    assert len(heard) == steps and sum(heard) == 5
+
+
+def test_a_shard_holds_its_labels(pipeline, tmp_path):
+    from safetensors.numpy import load_file
+
+    made = generate(pipeline, plan(), tmp_path, 8)
+    assert load_file(made.shard(1))["labels"].tolist() == [1, 2, 0, 1]
+    assert "labels" not in made.manifest["plan"]

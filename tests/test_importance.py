@@ -6,7 +6,7 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator
 
-from sdlab.importance import PARAMETERS, fanova, main_effects
+from sdlab.importance import PARAMETERS, describe, fanova, main_effects, verdict
 
 RANGES = {"num_inference_steps": [5, 50], "guidance_scale": [0.0, 7.5], "epoch": [1, 50]}
 
@@ -89,3 +89,13 @@ def test_a_constant_cas_has_no_importances():
 
 def test_main_effects_sum_to_one():
     assert main_effects(fanova(exported(mixed), 3)).sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+def test_the_verdict_is_what_the_trials_say():
+    by_guidance = describe(exported(lambda num_inference_steps, guidance_scale, epoch: guidance_scale), 3)
+    assert by_guidance["first"] == "guidance_scale" and by_guidance["forests_that_agree"] == 3
+    assert "is confirmed (UGS 1.00" in verdict("search 1", by_guidance)
+    by_epoch = describe(exported(lambda num_inference_steps, guidance_scale, epoch: epoch), 3)
+    assert "is refuted" in verdict("search 1", by_epoch) and by_epoch["shares"]["epoch"]["mean"] > 0.9
+    nothing = describe(exported(lambda **_: 0.1), 3)
+    assert nothing["first"] is None and "is undetermined" in verdict("search 1", nothing)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import SMOKE
 
-from sdlab.run import STEPS, step_state
+from sdlab.run import STEPS, Lock, step_state
 from sdlab.settings import PROJECT_ROOT, Settings
 
 BIN = Path(sys.executable).parent
@@ -176,6 +176,7 @@ def test_a_damaged_checkpoint_stops_with_its_name_and_the_failing_notebook_is_ke
     for name in ("03", "04", "05", "06", "07"):
         (run / f"records/{name}.json").unlink()
     (run / "metrics/after_3.json").unlink()
+    (run / "notebooks/03_fine_tuning.ipynb").unlink()
     shutil.rmtree(run / "unet")
     epoch = json.loads((run / "metrics/search_1.json").read_text())["best"]["point"]["class_encoder_epoch"]
     weights = run / f"class_encoder/epoch_{epoch:02d}/diffusion_pytorch_model.safetensors"
@@ -194,4 +195,37 @@ def test_a_damaged_checkpoint_stops_with_its_name_and_the_failing_notebook_is_ke
         tmp_path / "reports",
     )
     assert done.returncode == 1 and f"epoch_{epoch:02d} is damaged" in done.stderr and "Traceback" not in done.stderr
-    assert (run / "notebooks/03_fine_tuning.ipynb").exists()
+    outputs = [o for c in nbformat.read(run / "notebooks/03_fine_tuning.ipynb", 4).cells for o in c.get("outputs", [])]
+    assert any(o.output_type == "error" and "is damaged" in o.evalue for o in outputs)
+
+
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(finished):
+    """Another process is at work in it."""
+    world, _ = finished
+    run = world / "runs/smoke"
+    record = run / "records/06.json"
+    kept = record.read_bytes()
+    record.unlink()
+    before = {p: p.read_bytes() for p in (world / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
+    lock = Lock(run / ".lock", run, "somebody else")
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
+    lock.release()
+    assert done.returncode == 1 and "in use by somebody else" in done.stderr
+    assert before == {p: p.read_bytes() for p in (world / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
+    record.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("base_model", "tiney", "has to be `tiny`"), ("scheduler", "DDIM", "class name of a diffusers scheduler")],
+)
+def test_an_unknown_base_model_or_scheduler_writes_nothing(world, tmp_path, name, value, said):
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml", "-p", name, value, "-p", "runs_root", tmp_path / "runs")
+    assert done.returncode == 1 and said in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_lost_reports_are_made_again(finished):
+    world, _ = finished
+    (world / "reports/smoke/table_1.md").unlink()
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
+    assert done.returncode == 0 and "1 notebooks in" in done.stdout and (world / "reports/smoke/table_1.md").exists()

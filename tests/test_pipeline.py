@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline, make_scheduler
+from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.settings import PROJECT_ROOT, BadInput
 
 REFERENCE = PROJECT_ROOT / ".venv" / "reference"
@@ -21,11 +22,9 @@ def pipeline(base):
     torch.manual_seed(1)
     encoder = ClassEncoder(3, base.tokens, base.width, hidden=16)
     torch.nn.init.normal_(encoder.linear_in.bias)  # a trained null condition is not zero
-    made = ClassConditionalStableDiffusionPipeline(
+    return ClassConditionalStableDiffusionPipeline(
         base.vae, base.unet, encoder, make_scheduler("DDIMScheduler", base.scheduler_config)
     )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def latents_of(pipeline, labels, guidance_scale, seeds=None, steps=4, **more):
@@ -147,7 +146,7 @@ def test_an_unknown_scheduler_is_refused(base, name):
         (dict(labels=[3], seeds=[0]), "class indices 0 to 2"),
         (dict(labels=[-1], seeds=[0]), "class indices 0 to 2"),
         (dict(labels=[], seeds=[]), "class indices 0 to 2"),
-        (dict(labels=[0], seeds=[0], num_inference_steps=0), "allowed is 1 to 1000"),
+        (dict(labels=[0], seeds=[0], num_inference_steps=0), "allowed is 1 to 999"),
         (dict(labels=[0], seeds=[0], guidance_scale=-1.0), "0 or more"),
         (dict(labels=[0], seeds=[0], guidance_scale=float("nan")), "0 or more"),
         (dict(labels=[0]), "either `seeds`"),

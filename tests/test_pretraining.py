@@ -2,6 +2,7 @@
 
 import sys
 
+import click
 import pytest
 import torch
 
@@ -13,11 +14,9 @@ import pretrain_tiny as script
 
 def trained(folder, steps, monkeypatch, seed=0, stage="vae"):
     """`steps` is the end of the schedule (8); a list of ends cuts the run there and resumes."""
+    monkeypatch.setattr(script, "learning_rate", lambda step, total, peak: script_rate(step, 8, peak))
     for end in steps:
-        trainer_run = script.Trainer.run
-        monkeypatch.setattr(script, "learning_rate", lambda step, total, peak: script_rate(step, 8, peak))
         getattr(script, stage).callback(state=folder, seed=seed, threads=1, steps=end, batch_size=4)
-        monkeypatch.setattr(script.Trainer, "run", trainer_run)
     return torch.load(folder / f"{stage}.pt", weights_only=True)
 
 
@@ -33,6 +32,12 @@ def test_seeded_steps_repeat_and_a_cut_run_resumes_the_same(tmp_path, monkeypatc
     assert equal(whole, trained(tmp_path / "b", [8], monkeypatch))
     assert equal(whole, trained(tmp_path / "c", [3, 8], monkeypatch))
     assert not equal(whole, trained(tmp_path / "d", [8], monkeypatch, seed=1))
+
+
+def test_a_state_of_another_seed_is_refused(tmp_path, monkeypatch):
+    trained(tmp_path, [2], monkeypatch)
+    with pytest.raises(click.ClickException, match="was made with seed 0 and batch size 4"):
+        trained(tmp_path, [4], monkeypatch, seed=1)
 
 
 def test_the_unet_learns_from_the_vae_of_its_state_folder(tmp_path, monkeypatch):

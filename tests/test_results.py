@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from sdlab import paper, results
 from sdlab.results import (
@@ -21,8 +22,7 @@ from sdlab.results import (
     to_latex,
     to_markdown,
 )
-from sdlab.run import write_json
-from sdlab.settings import Settings
+from sdlab.run import StepState, write_json
 
 
 def scored(accuracies, n=500):
@@ -46,6 +46,10 @@ def experiment(settings, dataset, shift=0.0):
             dict(title=name, images=100, val=scored([accuracy] * 2), test=scored([accuracy, accuracy])),
         )
     write_json(metrics / "scaling.json", dict(chosen="x2", protocol="sealed"))
+    effects = {p: dict(mean=0.3, spread=0.1) for p in results.PARAMETERS}
+    write_json(
+        metrics / "importance.json", {search: dict(n=20, main_effects=effects) for search in ("search_1", "search_2")}
+    )
     (settings.run_folder / "test_readings.jsonl").write_text("{}\n" * 5)
     return Experiment(settings)
 
@@ -142,15 +146,43 @@ def test_every_cut_is_printed_under_the_tables(experiments):
     assert "real validation" in text
 
 
-def test_only_finished_experiments_are_collected(settings):
-    assert results.finished_experiments(settings) == []
-    path = settings.run_folder / "settings.yaml"
-    path.parent.mkdir(parents=True)
-    import yaml
+def test_only_finished_experiments_are_collected(settings, monkeypatch):
+    """A folder that is not finished, of another version, or empty, keeps nobody from their tables."""
+    root = settings.run_folder.parent
+    for name, text in (("good", yaml.safe_dump(settings.as_dict())), ("half", yaml.safe_dump(settings.as_dict())),
+                       ("foreign", "an_old_setting: 1"), ("empty", ""), ("broken", "a: [1")):  # fmt: skip
+        (root / name).mkdir(parents=True)
+        (root / name / "settings.yaml").write_text(text)
+    monkeypatch.setattr(results, "step_state", lambda s, n: StepState("done" if s.experiment == "good" else "begun"))
+    assert [e.settings.experiment for e in results.finished_experiments(settings)] == ["good"]
 
-    path.write_text(yaml.safe_dump(settings.as_dict()))
-    assert results.finished_experiments(settings) == []
-    assert isinstance(settings, Settings)
+
+def test_tables_are_made_again_when_an_experiment_is_added_or_a_file_is_gone(experiments, settings, monkeypatch):
+    folder, found = settings.report_folder, experiments[:1]
+    monkeypatch.setattr(results, "finished_experiments", lambda s: found)
+    monkeypatch.setattr(Experiment, "digest", property(lambda e: "digest of " + e.settings.experiment))
+    assert not results.tables_are_current(settings)
+    for name, make, text in (("table_1", table_1, table_1_text), ("table_2", table_2, table_2_text)):
+        save_table(folder, name, name, make(found), text, [])
+    write_json(folder / "sources.json", results.sources(found))
+    assert results.tables_are_current(settings)
+    found = experiments
+    assert not results.tables_are_current(settings)
+    write_json(folder / "sources.json", results.sources(found))
+    (folder / "table_2.tex").unlink()
+    assert not results.tables_are_current(settings)
+
+
+def test_the_result_is_the_chosen_size_beside_real(experiments):
+    """Best of the test scores is x2 here, and chosen is what validation chose."""
+    said = results.chosen_sentence(experiments[0])
+    assert (
+        "digits-x: chosen on validation images: x2, CAS 85.00 ± 0.00 % beside 90.00 ± 0.00 % for real images (-5.00 points"
+        in said
+    )
+    paper_protocol = Experiment(dataclasses.replace(experiments[0].settings, protocol="paper"))
+    assert "chosen on the test set" in results.chosen_sentence(paper_protocol)
+    assert said in results.notes(experiments)
 
 
 def test_the_picture_of_figure_1_holds_our_bars_and_the_papers():

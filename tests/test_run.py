@@ -12,6 +12,16 @@ from sdlab.run import STEPS, Lock, Run, read_record, step_state, write_json, wri
 from sdlab.settings import BadInput
 
 
+class Named:
+    """Stands for a data set or a base model."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def fingerprint(self):
+        return self.name
+
+
 def do(settings, number, content="x"):
     """Run a step that writes one file."""
     run = Run(settings, STEPS[number].stem)
@@ -76,17 +86,52 @@ def test_what_comes_after_a_changed_step_is_stale(settings):
 
 @pytest.mark.parametrize(
     ("damage", "why"),
-    [(lambda p: p.unlink(), "is missing"), (lambda p: p.write_text("longer than it was"), "bytes instead of")],
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: p.write_text("longer than it was"), "bytes instead of"),
+        (lambda p: p.write_text('"y"\n'), "was altered"),
+    ],
 )
 def test_damage_is_named(settings, damage, why):
     do(settings, "00")
     damage(do(settings, "01"))
-    state = step_state(settings, "01")
+    state, path = step_state(settings, "01"), settings.run_folder / "metrics/of_01.json"
     assert state.state == "damaged" and why in state.why and "metrics/of_01.json" in state.why
     with pytest.raises(BadInput, match="run 01_class_encoder again"):
         Run(settings, "02_first_search")
+    if path.exists():  # a user's file now: not written over, not taken for ours
+        with pytest.raises(BadInput, match="move that file away"):
+            Run(settings, "01_class_encoder")
+        path.unlink()
     do(settings, "01")
     assert step_state(settings, "01").state == "done"
+
+
+def test_a_result_that_is_not_there_is_not_recorded(settings):
+    """A cell was left out, or interrupted."""
+    run = Run(settings, "00_data_and_base_model")
+    with pytest.raises(BadInput, match=r"of_00\.json is missing: run all cells above"):
+        run.finish(run.metrics("of_00"))
+    assert step_state(settings, "00").state == "begun"
+    run.lock.release()
+
+
+def test_data_or_base_model_that_changed_under_an_experiment_are_refused(settings):
+    run = Run(settings, "00_data_and_base_model", Named("data"), Named("base"))
+    run.keep("of_00", 1)
+    run.finish(run.metrics("of_00"))
+    Run(settings, "01_class_encoder", Named("data"), Named("base")).lock.release()
+    for data, base, said in (("other", "base", "`dataset`"), ("data", "other", "`base_model`")):
+        with pytest.raises(BadInput, match=f"The {said} is no longer the one"):
+            Run(settings, "01_class_encoder", Named(data), Named(base))
+
+
+def test_a_finished_step_keeps_what_it_has(settings):
+    path = do(settings, "00")
+    before = path.read_bytes()
+    run = Run(settings, "00_data_and_base_model")
+    assert run.keep("of_00", {"new": (1, 2)}) == {"new": [1, 2]}
+    assert path.read_bytes() == before
 
 
 def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):

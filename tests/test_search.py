@@ -46,14 +46,22 @@ def world(settings, monkeypatch):
                                    search_startup_trials=4)  # fmt: skip
     monkeypatch.setattr("sdlab.run.step_state", lambda s, n: StepState("not run"))
     monkeypatch.setitem(STEPS, "02", dataclasses.replace(STEPS["02"], upstream=()))
-    log = dict(made=[], scored=[], stop_after=None)
+    log = dict(made=[], scored=[], stop_after=None, stop_in_sheet=None)
+
+    def sheet(split, path):
+        if log["stop_in_sheet"] is not None and len(log["scored"]) >= log["stop_in_sheet"]:
+            raise KeyboardInterrupt
+        return draw(split, path)
+
+    draw = search_module.sheet
+    monkeypatch.setattr(search_module, "sheet", sheet)
 
     def make_set(run, base, data, point, count, seed, desc):
         if log["stop_after"] is not None and len(log["scored"]) >= log["stop_after"]:
             raise KeyboardInterrupt
         return FakeSet(point, log["made"])
 
-    def judge(train, data, settings, seeds, splits, searching):
+    def judge(train, data, settings, seeds, splits, progress, desc, searching):
         log["scored"].append(tuple(splits))
         value = cas(train.point, len(train))
         return {name: [Score(value, 1.0, value, (value,) * 3, 30)] for name in splits}
@@ -99,16 +107,18 @@ def test_one_bracket_prunes_more_than_hyperband(world, data, tmp_path):
     assert searched(one, data)[0]["counts"]["pruned"] > searched(settings, data)[0]["counts"]["pruned"]
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 7, 20])
-def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, stop_after):
-    """Same trials, same states, same optimum, whenever it was cut: a cut trial goes on under its own number."""
+@pytest.mark.parametrize("where", ["stop_after", "stop_in_sheet"])
+@pytest.mark.parametrize("stop_after", [1, 7, 20])
+def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, where, stop_after):
+    """Same trials, same states, same optimum, whenever it was cut, before a rung or after the pruner has spoken: a cut
+    trial goes on under its own number."""
     settings, log = world
     whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data)
     log["scored"].clear()
-    log["stop_after"] = stop_after
+    log[where] = stop_after
     with pytest.raises(KeyboardInterrupt):
         searched(settings, data)
-    log["stop_after"] = None
+    log[where] = None
     resumed, _ = searched(settings, data)
     times = ("trial_seconds",)
     strip = lambda found: [{k: v for k, v in t.items() if k not in times} for t in found["trials"]]  # noqa: E731
@@ -181,6 +191,15 @@ def test_degenerate_ranges_are_searched(world, data):
     )
     assert {(t["params"]["num_inference_steps"], t["params"]["guidance_scale"]) for t in found["trials"]} == {(5, 0.0)}
     run.lock.release()
+
+
+def test_a_study_of_other_checkpoints_is_refused(world, data, tmp_path):
+    """A storage outlives the experiment's folder: its trials are of weights that are gone."""
+    settings = dataclasses.replace(world[0], storage=f"sqlite:///{tmp_path}/shared.db")
+    searched(settings, data, 3)
+    elsewhere = dataclasses.replace(settings, runs_root=str(tmp_path / "new"), search_startup_trials=3)
+    with pytest.raises(BadInput, match="begun with other settings or checkpoints"):
+        searched(elsewhere, data, 3)
 
 
 def test_a_finished_search_is_loaded(world, data):

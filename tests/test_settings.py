@@ -41,8 +41,8 @@ def test_defaults_are_the_papers():
         ({"weight_decay": float("nan")}, "finite"),
         ({"weight_decay": None}, "a number"),
         ({"default_guidance_scale": -0.1}, "allowed is 0.0 to"),
-        ({"default_num_inference_steps": 0}, "allowed is 1 to 1000"),
-        ({"search_min_steps": 0}, "allowed is 1 to 1000"),
+        ({"default_num_inference_steps": 0}, "allowed is 1 to 999"),
+        ({"search_min_steps": 0}, "allowed is 1 to 999"),
         ({"search_min_steps": 60}, "more than `search_max_steps`"),
         ({"search_1_max_epoch": 51}, "epochs 1 to 50"),
         ({"search_2_min_epoch": 11}, "epochs 1 to 10"),
@@ -50,6 +50,8 @@ def test_defaults_are_the_papers():
         ({"protocol": "seald"}, "Did you mean 'sealed'"),
         ({"search_pruner": "median"}, "allowed are"),
         ({"experiment": "../x"}, "names a folder"),
+        ({"experiment": "a:b"}, "names a folder"),
+        ({"search_first_images": 300}, "no multiple of `shard_size`"),
         ({"classifier_steps": 50}, "fewer than the 100 checks"),
         ({"seed": -1}, "allowed is 0 to"),
     ],
@@ -89,9 +91,14 @@ def test_a_notebooks_parameters_are_laid_on_top_of_its_file():
 
 def test_the_settings_cell_can_be_run_again():
     """By then the notebook holds many other names; only cells that do nothing but assign plain values are parameters."""
-    cells = ["", 'experiment = "digits"', "import pandas as pd\nimages = 3", "history = train(run)", "x, y = 1, 2"]
+    cells = ["", 'experiment = "digits"', "import pandas as pd\nimages = 3", "history = train(run)", "x = 1\ny = 2"]
     namespace = {"In": cells, "experiment": "digits", "images": 3, "history": [], "x": 1, "y": 2}
     assert Settings.from_notebook(namespace).experiment == "digits"
+
+
+def test_a_deleted_line_is_no_longer_in_force():
+    cells = ["", 'experiment = "digits"\nunet_epochs = 3', "settings = f()", 'experiment = "digits"']
+    assert Settings.from_notebook({"In": cells, "experiment": "digits", "unet_epochs": 3}).unet_epochs == 16
 
 
 def test_injected_parameters_have_to_name_their_experiment():
@@ -129,5 +136,5 @@ def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
     [(500, 4000, 2, [500, 1000, 2000, 4000]), (125, 500, 4, [125, 500]), (30, 100, 3, [30, 100]), (100, 100, 2, [100])],
 )
 def test_rungs_end_at_the_whole_trial(first, images, factor, rungs):
-    given = dict(search_first_images=first, search_images=images, search_reduction_factor=factor)
+    given = dict(search_first_images=first, search_images=images, search_reduction_factor=factor, shard_size=5)
     assert Settings.from_mapping(GIVEN | given).rungs() == rungs

@@ -1,6 +1,8 @@
 """The training loop: the right part, the right target, and the same bytes after an interruption."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sdlab.class_encoder import ClassEncoder
 from sdlab.latents import Moments, encode_images
 from sdlab.pixels import to_model
 from sdlab.settings import BadInput
-from sdlab.training import TrainingPlan, cosine, load_checkpoint, noise_loss, train
+from sdlab.training import TrainingPlan, cosine, fine_tune_unet, load_checkpoint, noise_loss, save_checkpoint, train
 
 
 class Killed(Exception):
@@ -84,6 +86,19 @@ def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step):
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert len(whole) == 3 * 2 + 1 and whole == cut
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
+
+
+def test_fine_tuning_leaves_the_base_model_as_it_is(settings, base, data):
+    """A notebook's cell can be interrupted and run again: it starts from the base model, not from what it left of it."""
+    run = SimpleNamespace(
+        settings=dataclasses.replace(settings, unet_epochs=1), folder=settings.run_folder, progress=DiesAt(1)
+    )
+    save_checkpoint(new_encoder(base), run.folder / "class_encoder" / "epoch_01")
+    before = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    moments = Moments(torch.randn(48, 4, 4, 4), torch.full((48, 4, 4, 4), 0.1), 0.5)
+    with pytest.raises(Killed):
+        fine_tune_unet(run, base, data, moments, 1)
+    assert all(torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
@@ -173,8 +188,6 @@ def test_epsilon_and_v_targets(settings, v_base_folder):
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 6, 4, 4, 4, generator=generator)
     timesteps = torch.tensor([0, 10, 300, 500, 900, 999])
-    import dataclasses
-
     for folder in (settings.base_model, str(v_base_folder)):
         base = load_base_model(dataclasses.replace(settings, base_model=folder))
         states = new_encoder(base).table()[[0, 1, 2, 0, 1, 2]]
