@@ -125,6 +125,28 @@ def top_trials(search: Mapping, count: int = 5) -> pd.DataFrame:
     )
 
 
+def finalists(search: Mapping) -> pd.DataFrame:
+    """The finalists, the chosen one first: the CAS that made them finalists, and the one scored anew (percent)."""
+    rows = []
+    for f in search["finalists"]:
+        point, again = f["point"], f.get("again")
+        anew = (
+            {}
+            if again is None
+            else dict(CAS_anew=100 * again["mean"], deviation=100 * (again["std"] or 0), seeds=len(again["accuracy"]))
+        )
+        rows.append(
+            dict(
+                trial=f["number"],
+                IS=point["num_inference_steps"],
+                UGS=point["guidance_scale"],
+                CAS_in_search=100 * f["value"],
+                **anew,
+            )
+        )
+    return pd.DataFrame(rows).set_index("trial").round(2)
+
+
 def compare_scores(cells: Sequence[Mapping]) -> pd.DataFrame:
     """Scored cells side by side, in percent: mean and deviation over classifier seeds, and what plain accuracy can hide."""
     rows = []

@@ -110,6 +110,12 @@ class Settings:
         "hyperband", "how rungs are cut", steps="02 04", choices=("hyperband", "successive_halving", "none")
     )
     search_startup_trials: int = setting(10, "random trials before TPE models them", steps="02 04", low=1)
+    search_finalists: int = setting(
+        1,
+        "best trials scored anew (fresh noise, classifier_seeds classifiers) before one is chosen; 1: the best as it is",
+        steps="02 04",
+        low=1,
+    )
     search_min_steps: int = setting(5, "lowest IS of both searches", steps="02 04", low=1, high=999)
     search_max_steps: int = setting(50, "highest IS of step 2", steps="02", low=1, high=999)
     search_max_guidance: float = setting(7.5, "highest UGS of step 2", steps="02", low=0.0, high=100.0)

@@ -55,7 +55,8 @@ def test_other_settings_than_a_finished_steps_are_refused(settings):
     assert step_state(changed, "01").why == "made with other settings: class_encoder_learning_rate 0.003 -> 0.5"
     before = {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}
     with pytest.raises(
-        BadInput, match=r"class_encoder_learning_rate 0.003 -> 0.5\): give the changed experiment a name of its own"
+        BadInput,
+        match=r"class_encoder_learning_rate 0.003 -> 0.5\): undo the change, or give the changed experiment a name",
     ):
         Run(changed, "01_class_encoder")
     assert path.exists() and before == {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}

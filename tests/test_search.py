@@ -43,7 +43,7 @@ def cas(point: OperatingPoint, count: int) -> float:
 def world(settings, monkeypatch):
     """Settings, a run whose upstream is taken as done, and a log of (point, images) as they are made and (split,) as scored."""
     settings = dataclasses.replace(settings, search_1_trials=24, search_images=400, search_first_images=100, search_reduction_factor=4,
-                                   search_startup_trials=4)  # fmt: skip
+                                   search_startup_trials=4, search_finalists=1)  # fmt: skip
     monkeypatch.setattr("sdlab.run.step_state", lambda s, n: StepState("not run"))
     monkeypatch.setitem(STEPS, "02", dataclasses.replace(STEPS["02"], upstream=()))
     log = dict(made=[], scored=[], stop_after=None, stop_in_sheet=None)
@@ -159,6 +159,29 @@ def test_what_a_trial_saw_is_kept_for_the_dashboard(world, data):
 def test_a_storage_that_cannot_be_opened_is_refused(world):
     with pytest.raises(BadInput, match="cannot be opened"):
         open_study(dataclasses.replace(world[0], storage="nonsense://x"), "search_1")
+
+
+def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, monkeypatch):
+    """Scored again, the trial that won by luck falls behind the second."""
+    settings, _ = world
+    settings = dataclasses.replace(settings, search_finalists=3, classifier_seeds=2)
+    honest, lucky = search_module.judge, []
+
+    def judge(train, data, settings, seeds, splits, progress, desc, searching):
+        scored = honest(train, data, settings, seeds, splits, progress, desc, searching)
+        if desc == f"finalist {lucky[0] if lucky else ''}" or (desc.startswith("finalist") and not lucky):
+            lucky[:] = lucky or [int(desc.split()[1])]
+            scored = {
+                name: [dataclasses.replace(s, accuracy=s.accuracy - 0.5) for s in of] for name, of in scored.items()
+            }
+        return {name: of * len(seeds) for name, of in scored.items()}
+
+    monkeypatch.setattr(search_module, "judge", judge)
+    found, _ = searched(settings, data)
+    assert len(found["finalists"]) == 3 and found["best"] == found["finalists"][0]
+    best_value = max(t["value"] for t in found["trials"] if t["state"] == "complete")
+    assert found["finalists"][-1]["value"] == best_value and found["best"]["number"] != lucky[0]
+    assert len(found["best"]["again"]["accuracy"]) == 2
 
 
 def test_all_trials_use_the_same_noise(world, data, monkeypatch):
