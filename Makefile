@@ -21,7 +21,7 @@ dashboard: setup  ## optuna-dashboard over the searches of EXPERIMENT, on 127.0.
 lint: setup  ## ruff and nbstripout, as pre-commit runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 setup: $(VENV)/.done
 

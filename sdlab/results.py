@@ -164,10 +164,13 @@ def our_gains(table: pd.DataFrame) -> dict:
 
 
 def gains_sentence(who: str, found: Mapping) -> str:
-    (low_2, high_2), (low_4, high_4) = found["after_2"], found["after_4"]
+    gained = {
+        step: f"{low:+.2f}" if low == high else f"{low:+.2f} to {high:+.2f}"
+        for step, (low, high) in list(found.items())[:2]
+    }
     return (
-        f"{who}: since step 1, CAS rises by {low_2:+.2f} to {high_2:+.2f} points after step 2 and by {low_4:+.2f} to "
-        f"{high_4:+.2f} after step 4; step 2 saves up to {found['time_saved_after_2_percent']:.1f} % of the generation time."
+        f"{who}: since step 1, CAS changes by {gained['after_2']} points after step 2 and by {gained['after_4']} after step 4; "
+        f"step 2 saves up to {found['time_saved_after_2_percent']:.1f} % of the generation time."
     )
 
 
