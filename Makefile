@@ -1,4 +1,4 @@
-# Each target sets up what it needs. Exact pins come from the pip section of environment.yml, their only source.
+# Each target sets up what it needs, with the exact pins of environment.yml's pip section.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ $(VENV)/.done: environment.yml pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "sdlab needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version`: try make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	sed -n '/- pip:/,$$s/^ *- \([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/pins.txt
+	sed -n '/- pip:/,$$ { s/ *#.*//; s/^ *- \(.*==.*\)/\1/p; }' environment.yml > $(VENV)/pins.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement $(VENV)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .

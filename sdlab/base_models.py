@@ -131,6 +131,12 @@ def load_base_model(settings: Settings) -> BaseModel:
                 f"The base model {source} cannot be loaded from {folder / name}: {first_line(error)}"
             ) from None
         parts[name].requires_grad_(False).eval()
+    scale = 2 ** (len(parts["vae"].config.block_out_channels) + len(parts["unet"].config.block_out_channels) - 2)
+    if settings.base_image_size % scale:
+        raise BadInput(
+            f"`base_image_size` is {settings.base_image_size}: the base model {source} halves it to whole pixels, so it has "
+            f"to be a multiple of {scale}."
+        )
     make_scheduler(settings.scheduler, scheduler_config)  # refuse an unknown one now, not after the first training
     return BaseModel(source, parts["vae"], parts["unet"], scheduler_config, tokens, hashes)
 

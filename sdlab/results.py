@@ -54,7 +54,7 @@ def finished_experiments(settings: Settings) -> list[Experiment]:
         try:
             theirs = Settings.from_mapping((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | moved)
             done = {number: step_state(theirs, number).state for number in ("05", "06")}
-        except (BadInput, yaml.YAMLError, TypeError):
+        except (BadInput, yaml.YAMLError, TypeError, KeyError):
             continue  # another version's folder, or none of ours: it must not keep the others from their tables
         if set(done.values()) == {"done"}:
             found.append(Experiment(theirs))
@@ -67,17 +67,13 @@ def sources(experiments: list[Experiment]) -> dict[str, str]:
 
 
 def tables_are_current(settings: Settings) -> bool:
-    """Whether the tables in the report folder are there, and made from the experiments that are finished now."""
-    path = settings.report_folder / "sources.json"
-    return (
-        path.exists()
-        and read_json(path) == sources(finished_experiments(settings))
-        and all(
-            (settings.report_folder / f"{table}.{kind}").exists()
-            for table in ("table_1", "table_2")
-            for kind in FORMATS
-        )
-    )
+    """Whether all that 07 writes is in the report folder, and made from the experiments that are finished now."""
+    folder = settings.report_folder
+    wanted = [f"{table}.{kind}" for table in ("table_1", "table_2") for kind in FORMATS]
+    wanted += ["figure_1.csv", "figure_1.png", "figure_steps.png", "figure_scaling.png", "sources.json"]
+    if not all((folder / name).exists() for name in wanted):
+        return False
+    return read_json(folder / "sources.json") == sources(finished_experiments(settings))
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -298,7 +294,7 @@ def notes(experiments: list[Experiment]) -> list[str]:
             else "the *test set* (the paper's way)"
         )
         lines.append(
-            f"{s.experiment}: protocol `{s.protocol}`: every decision saw {seen} ({readings} readings on record). Base model "
+            f"{s.experiment}: protocol `{s.protocol}`: every decision of the run (trials, epochs, early stopping, size) saw {seen} ({readings} readings on record). Base model "
             f"{data['base_model']}; {sum(n)} test images; always answering the commonest class scores "
             f"{100 * data['majority_share_test']:.1f} %; classifier images {s.image_size} px."
         )

@@ -120,7 +120,7 @@ def read_record(settings: Settings, number: str) -> dict | None:
 def digest(record: dict) -> str:
     """What a step is, to those that come after it: its settings, its own upstream, its inputs, its files."""
     outputs = {name: output["sha256"] for name, output in record["outputs"].items()}
-    return sha256_of_json([record["settings"], record["upstream"], record["inputs"], outputs])
+    return sha256_of_json([record["settings"], record["upstream"], record.get("inputs"), outputs])
 
 
 def differences(settings: Settings, number: str, record: dict) -> str:
@@ -193,6 +193,8 @@ def check_step(settings: Settings, number: str) -> StepState:
 
 
 def way_out(state: StepState, step: Step) -> str:
+    if state.state == "damaged" and state.why.startswith(("class_encoder/", "unet/")):
+        return f"move the folder {state.why.partition('/')[0]} away and run {step.stem} again, which trains the same once more."
     if state.state == "damaged":
         return f"move that file away if it is still there, and run {step.stem} again, which makes it anew."
     return (
@@ -310,7 +312,7 @@ class Run:
         """Raises `BadInput` if the data set or the base model changed under the experiment."""
         first = read_record(self.settings, "00")
         for name, found in self.inputs.items():
-            if first is not None and first["inputs"].get(name) != found:
+            if first is not None and first.get("inputs", {}).get(name) != found:
                 raise BadInput(
                     f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that 00_data_and_base_model "
                     f"saw in {self.folder} (its content differs): restore it, or give the experiment another name."

@@ -54,7 +54,7 @@ class Settings:
     )
     seed: int = setting(0, "every random number derives from it", steps="01", low=0, high=2**31 - 1)
 
-    # Where things lie and run. No result depends on these.
+    # Where things lie and run. No step is made stale by these (device and threads change last bits).
     runs_root: str = setting("runs", "folder of all experiments, relative to the project or absolute")
     reports_root: str = setting("reports", "folder of the tables, relative to the project or absolute")
     storage: str = setting("", "Optuna storage URL; empty: searches.db (SQLite) in the experiment's folder")
@@ -170,7 +170,13 @@ class Settings:
     @classmethod
     def from_file(cls, path: str | Path, **on_top: Any) -> "Settings":
         """Settings of one parameter file, `on_top` winning."""
-        return cls.from_mapping({**read_parameters(path), **on_top})
+        given = read_parameters(path)
+        if Path(path).resolve().parent == PARAMS and given.get("experiment", Path(path).stem) != Path(path).stem:
+            raise BadInput(
+                f"{Path(path).name} in params/ says `experiment: {given['experiment']}`: a copied file keeps another's name "
+                f"and would write into its folder; change the line to `experiment: {Path(path).stem}`."
+            )
+        return cls.from_mapping({**given, **on_top})
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> "Settings":

@@ -196,8 +196,13 @@ def epoch_folder(folder: Path, epoch: int) -> Path:
 
 
 def save_checkpoint(model: ModelMixin, folder: Path) -> None:
-    """diffusers' folder format, with a manifest of its files' hashes. A checkpoint that is there stays."""
+    """diffusers' folder format, with a manifest of its files' hashes. A checkpoint that is there stays.
+
+    Raises `BadInput` if it is there and damaged: it is not written over, and not taken for good.
+    """
     if folder.exists():
+        if not intact(folder):
+            raise BadInput(f"{folder} is damaged: move the folder {folder.parent} away and run its step again.")
         return
     with written_beside(folder) as beside:
         model.save_pretrained(beside, safe_serialization=True)

@@ -91,6 +91,12 @@ def test_a_scheduler_that_cannot_sample_is_refused_at_once(settings, name):
         load_base_model(dataclasses.replace(settings, scheduler=name))
 
 
+@pytest.mark.parametrize("size", [12, 20, 9])
+def test_a_size_that_the_base_model_cannot_halve_is_refused(settings, size):
+    with pytest.raises(BadInput, match=f"`base_image_size` is {size}.*multiple of 8"):
+        load_base_model(dataclasses.replace(settings, base_image_size=size))
+
+
 def test_the_fingerprint_follows_the_weights(settings, base, v_base_folder):
     assert base.fingerprint() == load_base_model(settings).fingerprint()
     assert (

@@ -164,6 +164,8 @@ def test_tables_are_made_again_when_an_experiment_is_added_or_a_file_is_gone(exp
     assert not results.tables_are_current(settings)
     for name, make, text in (("table_1", table_1, table_1_text), ("table_2", table_2, table_2_text)):
         save_table(folder, name, name, make(found), text, [])
+    for name in ("figure_1.csv", "figure_1.png", "figure_steps.png", "figure_scaling.png"):
+        (folder / name).touch()
     write_json(folder / "sources.json", results.sources(found))
     assert results.tables_are_current(settings)
     found = experiments

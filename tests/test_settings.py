@@ -78,6 +78,15 @@ def test_a_file_that_is_not_a_parameter_file(tmp_path, text, said):
         read_parameters(tmp_path / "x.yaml")
 
 
+def test_a_copied_file_has_to_change_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdlab.settings.PARAMS", tmp_path)
+    (tmp_path / "mine.yaml").write_text("experiment: digits\ndataset: digits\n")
+    with pytest.raises(BadInput, match="change the line to `experiment: mine`"):
+        Settings.from_file(tmp_path / "mine.yaml")
+    with pytest.raises(BadInput, match="change the line to `experiment: mine`"):
+        Settings.from_notebook({"In": ["", 'experiment = "mine"'], "experiment": "mine"})
+
+
 def test_whole_numbers_are_fine_where_numbers_are_asked():
     assert Settings.from_mapping(GIVEN | {"search_max_guidance": 7}).search_max_guidance == 7.0
 

@@ -162,6 +162,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(base, moments, tmp_path, how):
     assert load_checkpoint(ClassEncoder, tmp_path, 1).config.num_classes == 3
 
 
+def test_a_damaged_checkpoint_is_neither_kept_nor_written_over(base, moments, tmp_path):
+    """Without a resume state all epochs are trained again; the damaged one may not pass for one of them."""
+    fit(base, moments, tmp_path, plan(epochs=2))
+    weights = tmp_path / "epoch_01" / "diffusion_pytorch_model.safetensors"
+    damaged(weights, "truncated")
+    (tmp_path / "resume.safetensors").unlink()
+    before = weights.read_bytes()
+    with pytest.raises(BadInput, match="epoch_01 is damaged: move the folder"):
+        fit(base, moments, tmp_path, plan(epochs=2))
+    assert weights.read_bytes() == before
+
+
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_an_epoch_beyond_the_checkpoints_is_refused(base, moments, tmp_path, epoch):
     fit(base, moments, tmp_path, plan(epochs=2))
