@@ -111,9 +111,12 @@ def train(
                 timesteps = torch.randint(
                     0, scheduler.config.num_train_timesteps, (len(batch),), generator=generator
                 ).to(device)
-                # The table of all classes is encoded once and looked up: the same for each image of a class.
+                # Of each class once, the same for all its images. A product with one-hot rows looks them up: indexing
+                # would add up its gradients in an order that differs from run to run where there are several threads.
                 conditions = class_encoder.table() if table is None else table
-                loss = noise_loss(base, scheduler, latents, noise, timesteps, conditions[labels[batch.to(device)]])
+                rows = F.one_hot(labels[batch.to(device)], len(conditions)).to(conditions.dtype)
+                encoder_hidden_states = (rows @ conditions.flatten(1)).view(-1, *conditions.shape[1:])
+                loss = noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states)
                 if not torch.isfinite(loss):
                     raise BadInput(
                         f"The loss of {plan.part} became {loss.item()} at epoch {epoch}, step {step + 1} (learning rate "

@@ -88,6 +88,18 @@ def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step):
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("part", ["class_encoder", "unet"])
+def test_two_threads_repeat_the_same_bytes(settings, moments, tmp_path, part):
+    """Not only one thread does: whatever adds in an order of its own would show here."""
+    torch.set_num_threads(2)
+    try:
+        for name in ("a", "b", "c"):
+            fit(load_base_model(settings), moments, tmp_path / name, plan(part))
+    finally:
+        torch.set_num_threads(1)
+    assert files(tmp_path / "a") == files(tmp_path / "b") == files(tmp_path / "c")
+
+
 def test_fine_tuning_leaves_the_base_model_as_it_is(settings, base, data):
     """A notebook's cell can be interrupted and run again: it starts from the base model, not from what it left of it."""
     run = SimpleNamespace(
