@@ -140,7 +140,7 @@ def finalists(search: Mapping) -> pd.DataFrame:
                 trial=f["number"],
                 IS=point["num_inference_steps"],
                 UGS=point["guidance_scale"],
-                CAS_in_search=100 * f["value"],
+                CAS_in_search=np.nan if f["value"] is None else 100 * f["value"],
                 **anew,
             )
         )

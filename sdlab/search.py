@@ -8,6 +8,7 @@ Repeatable and resumable: every ask is seeded from (seed, search, trial number),
 under its own number.
 """
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -111,10 +112,12 @@ def run_search(
     ranges: Ranges,
     trials: int,
     point_of: Callable[[int, int, float], OperatingPoint],
+    known: OperatingPoint | None = None,
 ) -> dict:
     """Run or go on with a search until `trials` trials are finished; its result is kept in `metrics/<search>.json`.
 
-    `point_of(epoch, num_inference_steps, guidance_scale)` says which checkpoints an epoch means.
+    `point_of(epoch, num_inference_steps, guidance_scale)` says which checkpoints an epoch means. `known` is a point
+    that earlier steps arrived at: where finalists are scored anew, it is one of them.
     """
     path = run.metrics(search)
     if path.exists():
@@ -131,7 +134,7 @@ def run_search(
             if trial is not None:
                 run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
                 bar.update()
-    finalists = score_finalists(run, base, data, study)
+    finalists = score_finalists(run, base, data, study, known)
     return run.keep(search, export(study, settings, ranges, finalists))
 
 
@@ -209,7 +212,9 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
     study.tell(trial.number, value if state == TrialState.COMPLETE else None, state=state)
 
 
-def score_finalists(run: Run, base: BaseModel, data: ImageDataset, study: optuna.Study) -> list[dict]:
+def score_finalists(
+    run: Run, base: BaseModel, data: ImageDataset, study: optuna.Study, known: OperatingPoint | None
+) -> list[dict]:
     """The best complete trials, best first, scored anew on the deciding split: fresh noise, several classifiers.
 
     The search's own maximum is the luckiest of many; among the few best, a second look finds the better one. With
@@ -222,8 +227,10 @@ def score_finalists(run: Run, base: BaseModel, data: ImageDataset, study: optuna
     finalists = [
         dict(number=t.number, value=t.value, point=t.user_attrs["point"]) for t in complete[: settings.search_finalists]
     ]
-    if len(finalists) == 1:
+    if settings.search_finalists == 1:
         return finalists
+    if known is not None:
+        finalists.append(dict(number="known", value=None, point=asdict(known)))
     seeds = [derive_seed(settings.seed, "finalist classifier", i) for i in range(settings.classifier_seeds)]
     for finalist in finalists:
         name = f"finalist {finalist['number']}"
@@ -277,9 +284,13 @@ def search_class_encoder(run: Run, base: BaseModel, data: ImageDataset) -> dict:
 
 
 def search_unet(run: Run, base: BaseModel, data: ImageDataset) -> dict:
-    """Step 4: the best UNet epoch, IS and UGS, the Class-Encoder staying that of step 2's optimum."""
+    """Step 4: the best UNet epoch, IS and UGS, the Class-Encoder staying that of step 2's optimum.
+
+    After 3 (that optimum with the last epoch) is a finalist: few noisy trials may find nothing as good.
+    """
     settings, optimum = run.settings, found_point(run, "search_1")
     return run_search(
         run, base, data, "search_2", final_ranges(settings, optimum), settings.search_2_trials,
         lambda epoch, steps, guidance: OperatingPoint(optimum.class_encoder_epoch, epoch, steps, guidance),
+        known=dataclasses.replace(optimum, unet_epoch=settings.unet_epochs),
     )  # fmt: skip

@@ -184,6 +184,17 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
     assert len(found["best"]["again"]["accuracy"]) == 2
 
 
+def test_a_known_point_is_a_finalist_and_can_win(world, data):
+    """Where the trials found nothing as good as what the steps before arrived at."""
+    settings = dataclasses.replace(world[0], search_finalists=2, classifier_seeds=2)
+    known, run = OperatingPoint(50, 16, 8, 2.0), Run(settings, "02_first_search")
+    far = Ranges((5, 50), (5.0, 7.5), (1, 10))  # away from UGS 2, where the best is
+    found = run_search(run, None, data, "search_2", far, 5, lambda e, s, g: OperatingPoint(e, 1, s, g), known)
+    run.lock.release()
+    assert found["best"]["number"] == "known" and found["best"]["point"] == dataclasses.asdict(known)
+    assert len(found["finalists"]) == 3
+
+
 def test_all_trials_use_the_same_noise(world, data, monkeypatch):
     seeds = []
     make = search_module.make_set
