@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 
 from sdlab.datasets import Split
 from sdlab.settings import Settings
+
+GLOBAL_GENERATOR = threading.Lock()  # torch's is one for all threads, and initial weights are drawn from it
 
 
 class ResidualBlock(nn.Module):
@@ -126,9 +129,10 @@ def train_classifier(
 
     Adam, label smoothing, reduce-on-plateau x 0.1, early stopping, best weights restored; no augmentation.
     An epoch is a pass over the images, or `steps / epochs` optimiser steps where a step budget is set.
+    Several may be trained at once, in threads: each depends on its own seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ResNet20(num_classes, recipe.filters).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=True)

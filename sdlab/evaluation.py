@@ -5,12 +5,15 @@ generated images only.
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -94,16 +97,44 @@ def judge(
     desc: str = "classifier",
     searching: bool = False,
 ) -> dict[str, list[Score]]:
-    """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed."""
+    """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed.
+
+    On a CPU as many at a time as torch has threads, which they share: a small classifier's operations are too short to
+    be divided among threads.
+    """
     recipe = Recipe.of(settings, searching)
     device = choose_device(settings.device)
-    scores: dict[str, list[Score]] = {name: [] for name in splits}
-    with progress(total=len(seeds) * recipe.epochs, desc=f"{desc}: {len(seeds)} classifiers", unit="epoch") as bar:
-        for seed in seeds:
-            trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, bar.update)
-            for name in splits:
-                scores[name].append(score(trained.model, data.splits[name]))
-    return scores
+    threads = torch.get_num_threads()
+    workers = min(len(seeds), threads) if device.type == "cpu" else 1
+    counting, stopped = threading.Lock(), threading.Event()
+
+    def train_one(seed: int) -> list[Score]:
+        trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, after_epoch)
+        return [score(trained.model, data.splits[name]) for name in splits]
+
+    def after_epoch() -> None:
+        if stopped.is_set():
+            raise CancelledError
+        with counting:
+            bar.update()
+
+    desc = f"{desc}: {len(seeds)} classifier{'s' if len(seeds) > 1 else ''}"
+    with progress(total=len(seeds) * recipe.epochs, desc=desc, unit="epoch") as bar:
+        if workers == 1:
+            scores = [train_one(seed) for seed in seeds]
+        else:
+            torch.set_num_threads(threads // workers)  # what the pool's threads begin with
+            try:
+                with ThreadPoolExecutor(workers) as pool:
+                    try:
+                        scores = list(pool.map(train_one, seeds))
+                    except BaseException:  # an interrupt, too, ends the others at their next epoch
+                        stopped.set()
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
+            finally:
+                torch.set_num_threads(threads)
+    return dict(zip(splits, map(list, zip(*scores, strict=True)), strict=True))
 
 
 def summary(scores: Sequence[Score]) -> dict:

@@ -176,14 +176,13 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
     if split == "test":
         run.note_test_reading(f"{study.study_name}, trial {trial.number}: the paper's protocol maximises test accuracy")
     seed = derive_seed(settings.seed, "search")
+    seeds = [derive_seed(settings.seed, "search classifier", i) for i in range(settings.search_classifier_seeds)]
     state, name = TrialState.COMPLETE, f"trial {trial.number}"
     for images in settings.rungs():
         made = make_set(run, base, data, point, images, seed, desc=name)
-        classifier_seeds = [derive_seed(settings.seed, "search classifier")]
-        scored = judge(
-            made.split(images), data, settings, classifier_seeds, [split], run.progress, name, searching=True
-        )
-        value = scored[split][0].accuracy
+        scored = judge(made.split(images), data, settings, seeds, [split], run.progress, name, searching=True)
+        cas = summary(scored[split])
+        value = cas["mean"]
         with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
             warnings.simplefilter("ignore")
             trial.report(value, step=images)
@@ -200,8 +199,9 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
         synthetic=made.folder.name,
         generation_seconds=round(made.seconds(images), 2),
         trial_seconds=round(time.perf_counter() - started, 2),
-        balanced_accuracy=scored[split][0].balanced,
-        recall=[round(r, 4) for r in scored[split][0].recall],
+        accuracy=cas["accuracy"],
+        balanced_accuracy=cas["balanced"],
+        recall=[r if r is None else round(r, 4) for r in cas["recall"]],
     )
     for name, attribute in kept.items():
         trial.set_user_attr(name, attribute)

@@ -109,6 +109,9 @@ class Settings:
     search_pruner: str = setting(
         "hyperband", "how rungs are cut", steps="02 04", choices=("hyperband", "successive_halving", "none")
     )
+    search_classifier_seeds: int = setting(
+        1, "classifiers at each rung of a trial; the trial's CAS is their mean", steps="02 04", low=1
+    )
     search_startup_trials: int = setting(10, "random trials before TPE models them", steps="02 04", low=1)
     search_finalists: int = setting(
         1,

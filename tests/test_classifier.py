@@ -1,6 +1,7 @@
 """ResNet20 and its training, as METHOD translates the authors'."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -141,3 +142,46 @@ def test_a_lost_class_shows_beside_the_accuracy(settings, data):
     kept = summary(scores["test"])
     assert kept["recall"][2] == 0 and kept["balanced"] < 0.7 and len(kept["accuracy"]) == 2
     assert kept["std"] == pytest.approx(np.std(kept["accuracy"], ddof=1))
+
+
+@pytest.fixture
+def small(settings):
+    return dataclasses.replace(settings, classifier_steps=8, classifier_epochs=4, classifier_filters=8)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_classifiers_trained_at_once_are_those_trained_one_after_another(small, data, two_threads):
+    """Three seeds in two threads: the same scores, bit for bit, in the order of the seeds, and nothing else changed."""
+    random_state = torch.get_rng_state()
+    together = judge(data.train, data, small, [3, 1, 2], ["val", "test"])
+    assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), random_state)
+    torch.set_num_threads(1)
+    for i, seed in enumerate([3, 1, 2]):
+        alone = judge(data.train, data, small, [seed], ["val", "test"])
+        assert alone == {name: [scores[i]] for name, scores in together.items()}
+    assert len({s.accuracy for s in together["test"]} | {s.recall for s in together["test"]}) > 1
+
+
+def test_one_that_fails_ends_the_others(small, data, two_threads, monkeypatch):
+    """An interrupt or an error is not kept waiting for classifiers whose scores nobody will read."""
+    epochs = []
+
+    def failing(train, val, num_classes, recipe, seed, device, after_epoch):
+        if seed == 0:
+            raise MemoryError("no more")
+        for _ in range(1000):
+            time.sleep(0.01)
+            after_epoch()
+            epochs.append(seed)
+
+    monkeypatch.setattr("sdlab.evaluation.train_classifier", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        judge(data.train, data, small, [0, 1, 2], ["test"])
+    assert len(epochs) < 100 and torch.get_num_threads() == 2

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sdlab.settings import BadInput, Settings, assigned_names, read_parameters
+from sdlab.settings import PARAMS, BadInput, Settings, assigned_names, read_parameters
 
 GIVEN = {"experiment": "x", "dataset": "digits"}
 
@@ -107,7 +107,8 @@ def test_the_settings_cell_can_be_run_again():
 
 def test_a_deleted_line_is_no_longer_in_force():
     cells = ["", 'experiment = "digits"\nunet_epochs = 3', "settings = f()", 'experiment = "digits"']
-    assert Settings.from_notebook({"In": cells, "experiment": "digits", "unet_epochs": 3}).unet_epochs == 16
+    settings = Settings.from_notebook({"In": cells, "experiment": "digits", "unet_epochs": 3})
+    assert settings == Settings.from_file(PARAMS / "digits.yaml")
 
 
 def test_injected_parameters_have_to_name_their_experiment():
