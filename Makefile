@@ -13,7 +13,7 @@ test: setup $(VENV)/reference/.done  ## Unit and property tests, and every noteb
 	$(BIN)/python -m pytest
 
 lab: setup  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir .
+	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks
 
 dashboard: setup  ## optuna-dashboard over the searches of EXPERIMENT, on 127.0.0.1
 	$(BIN)/sdlab dashboard $(EXPERIMENT)

@@ -225,12 +225,16 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         last_line = time.monotonic()
+        if self.on_terminal:  # a kernel imports for ten seconds before it has anything to say
+            self.bar = tqdm(desc=f"{self.stem}: starting", bar_format="{desc}{elapsed}", leave=False)
         while not self.ended.wait(0.5):
             try:
                 said = json.loads(self.path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                continue
-            if said["time"] < self.started_at:  # of an earlier run
+                said = {}
+            if said.get("time", 0) < self.started_at:  # none yet, or of an earlier run
+                if self.bar is not None:
+                    self.bar.refresh()
                 continue
             if self.on_terminal:
                 self.draw(said)

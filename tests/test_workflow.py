@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import SMOKE
 
+from sdlab.run import write_json
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
-from sdlab.workflow import cli, plain_table
+from sdlab.workflow import Watcher, cli, plain_table
 
 
 def invoke(*arguments):
@@ -114,3 +116,18 @@ def test_plain_tables_keep_ours_and_leave_the_papers_lines_out():
         "--------  -------  ------",
         "digits    x: tiny  **90**",
     ]
+
+
+def test_a_terminal_sees_a_bar_of_what_the_notebook_is_at(tmp_path, capsys):
+    """From the first second on; an older file's numbers are not taken for this run's."""
+    path = tmp_path / "progress.json"
+    write_json(path, dict(desc="old", n=1, total=2, unit="step", rate=1.0, time=0.0))
+    watcher = Watcher(path, "01_class_encoder")
+    watcher.on_terminal = True
+    with watcher:
+        time.sleep(0.7)
+        write_json(path, dict(desc="train", n=7, total=20, unit="step", rate=1.0, time=time.time()))
+        time.sleep(0.8)
+    seen = capsys.readouterr().err
+    assert "01_class_encoder: starting" in seen and "01_class_encoder: train" in seen and "7/20" in seen
+    assert "old" not in seen
