@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import time
@@ -242,6 +243,29 @@ class Lock:
             self.file.close()
 
 
+def check_storage(settings: Settings) -> None:
+    """Raises `BadInput` for a storage that cannot be reached. Creates nothing."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(settings.storage_url)
+        if engine.dialect.name != "sqlite":
+            engine.connect().close()
+        elif not Path(engine.url.database or ".").resolve().parent.is_dir():
+            raise ValueError(f"there is no folder {Path(engine.url.database).resolve().parent}")
+    except ImportError as error:
+        reason = f"its driver is not installed ({error}); for postgresql:// `pip install 'psycopg[binary]'`"
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    else:
+        return
+    url = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", settings.storage_url)  # no password in a log
+    raise BadInput(
+        f"The storage {url} cannot be opened ({reason}): check the `storage` setting; empty means SQLite in the "
+        "experiment's folder."
+    )
+
+
 # ------------------------------------------------------------------------------------------------- progress
 
 
@@ -304,6 +328,8 @@ class Run:
         self.inputs = {name: value.fingerprint() for name, value in given.items() if value is not None}
         state = check_step(settings, self.step.number)
         self.check_inputs()
+        if settings.storage and state.state != "done" and self.step.number <= "04":  # long before the first search
+            check_storage(settings)
         self.started, self.lock = time.monotonic(), None
         self.finished = state.state == "done" or not self.begin()
         self.progress = functools.partial(Progress, None if self.finished else self.folder / "progress.json")

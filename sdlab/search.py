@@ -23,7 +23,7 @@ from optuna.trial import Trial, TrialState
 from sdlab.base_models import BaseModel
 from sdlab.datasets import ImageDataset
 from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet, summary
-from sdlab.run import Run, read_json, sha256_of_json
+from sdlab.run import Run, check_storage, read_json, sha256_of_json
 from sdlab.settings import BadInput, Settings
 from sdlab.training import derive_seed
 
@@ -88,7 +88,8 @@ def study_name(settings: Settings, search: str) -> str:
 
 
 def open_study(settings: Settings, search: str) -> optuna.Study:
-    """Create or load. Raises `BadInput` for a storage that cannot be reached."""
+    """Create or load. Raises `BadInput` for a storage that cannot be reached, or not written."""
+    check_storage(settings)
     try:
         return optuna.create_study(
             storage=settings.storage_url,
@@ -97,10 +98,9 @@ def open_study(settings: Settings, search: str) -> optuna.Study:
             pruner=new_pruner(settings),
             load_if_exists=True,
         )
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+    except sqlalchemy.exc.SQLAlchemyError as error:
         raise BadInput(
-            f"The storage {settings.storage_url} cannot be opened ({str(error).splitlines()[0]}): "
-            "check the `storage` setting; empty means SQLite in the experiment's folder."
+            f"The study cannot be kept in the `storage` of {settings.experiment} ({str(error).splitlines()[0]})."
         ) from None
 
 

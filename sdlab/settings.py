@@ -57,7 +57,11 @@ class Settings:
     # Where things lie and run. No step is made stale by these (device and threads change last bits).
     runs_root: str = setting("runs", "folder of all experiments, relative to the project or absolute")
     reports_root: str = setting("reports", "folder of the tables, relative to the project or absolute")
-    storage: str = setting("", "Optuna storage URL; empty: searches.db (SQLite) in the experiment's folder")
+    storage: str = setting(
+        "",
+        "Optuna storage URL, without a password (executed notebooks show it; PostgreSQL reads ~/.pgpass); empty: searches.db "
+        "(SQLite) in the experiment's folder",
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     num_threads: int = setting(0, "CPU threads of torch; 0: torch's own choice", low=0)
 

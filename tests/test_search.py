@@ -156,9 +156,25 @@ def test_what_a_trial_saw_is_kept_for_the_dashboard(world, data):
         assert database.execute("select count(*) from trial_intermediate_values").fetchone()[0] >= 3
 
 
-def test_a_storage_that_cannot_be_opened_is_refused(world):
-    with pytest.raises(BadInput, match="cannot be opened"):
-        open_study(dataclasses.replace(world[0], storage="nonsense://x"), "search_1")
+@pytest.mark.parametrize(
+    ("storage", "sentence"),
+    [
+        ("nonsense://x", "nonsense://x cannot be opened"),
+        ("not a url", "cannot be opened"),
+        ("sqlite:////nowhere/at/all/x.db", "there is no folder /nowhere/at/all"),
+        (
+            "postgresql://me:secret@127.0.0.1:1/x",
+            r"me:\*\*\*@127.0.0.1:1/x cannot be opened .*pip install 'psycopg\[binary\]'",
+        ),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_refused_before_anything_long(world, settings, data, storage, sentence):
+    """By the search, and by any notebook up to it."""
+    with pytest.raises(BadInput, match=sentence):
+        open_study(dataclasses.replace(world[0], storage=storage), "search_1")
+    with pytest.raises(BadInput, match=sentence):
+        Run(dataclasses.replace(settings, experiment="other", storage=storage), "00_data_and_base_model", data)
+    assert not (settings.run_folder.parent / "other").exists()
 
 
 def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, monkeypatch):
