@@ -2,6 +2,7 @@
 
 import dataclasses
 import sqlite3
+import sys
 
 import numpy as np
 import optuna
@@ -168,8 +169,11 @@ def test_what_a_trial_saw_is_kept_for_the_dashboard(world, data):
         ),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_refused_before_anything_long(world, settings, data, storage, sentence):
+def test_a_storage_that_cannot_be_opened_is_refused_before_anything_long(
+    world, settings, data, storage, sentence, monkeypatch
+):
     """By the search, and by any notebook up to it."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as where the extra is not installed
     with pytest.raises(BadInput, match=sentence):
         open_study(dataclasses.replace(world[0], storage=storage), "search_1")
     with pytest.raises(BadInput, match=sentence):
