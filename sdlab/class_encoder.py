@@ -31,6 +31,28 @@ class ClassEncoder(ModelMixin, ConfigMixin):
         vectors = torch.eye(self.config.num_classes + 1, self.config.num_classes, device=self.device, dtype=self.dtype)
         return self(vectors)
 
+    def tabulated(self) -> "ClassTable":
+        """The same conditions as a `ClassTable`."""
+        table = ClassTable(self.config.num_classes, self.config.tokens, self.config.width)
+        table.conditions.data.copy_(self.table().detach())
+        return table
+
+
+class ClassTable(ModelMixin, ConfigMixin):
+    """What a Class-Encoder answers, instead of how: all that sampling and fine-tuning need of a checkpoint.
+
+    At SD 2.0's size and ten classes it has 0.9 M numbers, the Class-Encoder 39.4 M.
+    """
+
+    @register_to_config
+    def __init__(self, num_classes: int, tokens: int = 77, width: int = 1024):
+        super().__init__()
+        self.conditions = torch.nn.Parameter(torch.zeros(num_classes + 1, tokens, width))
+
+    def table(self) -> torch.Tensor:
+        """Every condition there is: (num_classes + 1, tokens, width), the last being the null condition."""
+        return self.conditions
+
     def effective_rank(self) -> float:
         """exp of the entropy of the explained-variance ratios of the class residuals; at most num_classes - 1.
 

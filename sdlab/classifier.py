@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdlab.datasets import Split
+from sdlab.images import Split
 from sdlab.settings import Settings
 
 GLOBAL_GENERATOR = threading.Lock()  # torch's is one for all threads, and initial weights are drawn from it

@@ -1,76 +1,20 @@
-"""A name -> `ImageDataset`: real images in one form, whatever they come from."""
+"""A name, a folder or a file -> `ImageDataset`: real images in one form, whatever they come from."""
 
 import difflib
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from sdlab.settings import BadInput, Settings
+from sdlab.images import ImageDataset, Split, at_size
+from sdlab.official import CIFAR, CIFAR_FACTS, Facts, cifar, medmnist, medmnist_facts, medmnist_table
+from sdlab.own_images import own_images, own_path
+from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 
-@dataclass(frozen=True)
-class Split:
-    """`images` uint8 (n, 3, height, width) in 0 ... 255, `labels` int64 (n,)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """A labelled image set with its three splits. The images have one size, the classifier's."""
-
-    name: str
-    source: str
-    class_names: tuple[str, ...]
-    train: Split
-    val: Split
-    test: Split
-
-    def __post_init__(self):
-        for name, split in self.splits.items():
-            count, channels = split.images.shape[:2]
-            assert split.images.dtype == np.uint8 and channels == 3 and count == len(split.labels), name
-            assert split.labels.min() >= 0 and split.labels.max() < self.num_classes, name
-
-    @property
-    def splits(self) -> dict[str, Split]:
-        return {"train": self.train, "val": self.val, "test": self.test}
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def image_size(self) -> int:
-        return self.train.images.shape[-1]
-
-    def counts(self) -> dict[str, list[int]]:
-        """Images of each class in each split."""
-        return {k: np.bincount(s.labels, minlength=self.num_classes).tolist() for k, s in self.splits.items()}
-
-    def majority_share(self, split: str = "test") -> float:
-        """Accuracy of always answering the commonest class: the line that a CAS has to be read against."""
-        counts = np.bincount(self.splits[split].labels)
-        return float(counts.max() / counts.sum())
-
-    def fingerprint(self) -> str:
-        """sha256 over all pixels and labels: what a result was made from."""
-        sha = hashlib.sha256()
-        for split in self.splits.values():
-            sha.update(np.ascontiguousarray(split.images).tobytes() + np.ascontiguousarray(split.labels).tobytes())
-        return sha.hexdigest()
-
-
-def digits(settings: Settings) -> ImageDataset:
+def digits(data_root: Path | None = None) -> ImageDataset:
     """scikit-learn's digits: 1,797 scans of handwritten digits, 8 x 8 pixels of 17 greys (UCI, Alpaydin and Kaynak 1998).
 
-    Splits are fixed and stratified: 1000 train, 297 val, 500 test.
+    Splits are fixed and stratified: 1000 train, 297 val, 500 test. They lie in scikit-learn, not under `data_root`.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -87,28 +31,55 @@ def digits(settings: Settings) -> ImageDataset:
     return ImageDataset("digits", "scikit-learn load_digits (UCI optdigits)", tuple("0123456789"), **splits)
 
 
-DATASETS: dict[str, Callable[[Settings], ImageDataset]] = {"digits": digits}
+def load_named(name: str, data_root: Path) -> ImageDataset:
+    """One of the known data sets, at its own size."""
+    if name == "digits":
+        return digits()
+    return cifar(name, data_root) if name in CIFAR else medmnist(name, data_root)
+
+
+def known_names() -> list[str]:
+    return ["digits", *CIFAR, *medmnist_table()]
 
 
 def load_dataset(settings: Settings) -> ImageDataset:
-    """The data set that `settings.dataset` names, at `settings.image_size`. Raises `BadInput` for an unknown name."""
+    """The data set that `settings.dataset` names, at `settings.image_size`; fetched if it is missing.
+
+    Raises `BadInput` for an unknown name, and for files that are missing, damaged or not what they should be.
+    """
     check_name(settings)
-    return at_size(DATASETS[settings.dataset](settings), settings.image_size)
+    if settings.dataset not in known_names():
+        return at_size(own_images(settings), settings.image_size)
+    data_root = PROJECT_ROOT / Path(settings.data_root).expanduser()
+    return at_size(load_named(settings.dataset, data_root), settings.image_size)
+
+
+def dataset_facts(settings: Settings) -> Facts:
+    """Counts and classes, without fetching anything: what a plan has to know. Own images are read for it."""
+    check_name(settings)
+    name = settings.dataset
+    if name in CIFAR:
+        return CIFAR_FACTS[name]
+    if name in medmnist_table():
+        return medmnist_facts(name)
+    data = load_dataset(settings)
+    return Facts(len(data.train), len(data.val), len(data.test), data.num_classes, data.image_size)
 
 
 def check_name(settings: Settings) -> None:
-    """Raises `BadInput` for an unknown data set."""
-    if settings.dataset not in DATASETS:
-        near = difflib.get_close_matches(settings.dataset, DATASETS, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise BadInput(f"`dataset` is {settings.dataset!r}: known are {', '.join(DATASETS)}.{hint}")
-
-
-def at_size(dataset: ImageDataset, size: int) -> ImageDataset:
-    """The data set with its images resized to `size` pixels (bilinear, without antialiasing)."""
-    if dataset.image_size == size:
-        return dataset
-    from sdlab.pixels import resize  # torch is slow to import, and most data sets have the classifier's size
-
-    splits = {name: Split(resize(split.images, size), split.labels) for name, split in dataset.splits.items()}
-    return ImageDataset(dataset.name, dataset.source, dataset.class_names, **splits)
+    """Raises `BadInput` for a data set that is neither known nor a folder or file that exists."""
+    names = known_names()
+    if settings.dataset in names:
+        return
+    path = own_path(settings)
+    if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
+        return
+    near = difflib.get_close_matches(settings.dataset, names, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    if path.is_file():
+        raise BadInput(
+            f"`dataset` is the file {path}: a file has to be an npz in MedMNIST's layout; else give a folder."
+        )
+    raise BadInput(
+        f"`dataset` is {settings.dataset!r}, neither a path that exists nor a known name: known are {', '.join(names)}.{hint}"
+    )

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, choose_device, make_scheduler
-from sdlab.class_encoder import ClassEncoder
+from sdlab.class_encoder import ClassTable
 from sdlab.classifier import Recipe, Score, score, train_classifier
-from sdlab.datasets import ImageDataset, Split
+from sdlab.images import ImageDataset, Split
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.run import Run, read_json, sha256_of_json
@@ -40,13 +41,14 @@ class OperatingPoint:
 
 def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> ClassConditionalStableDiffusionPipeline:
     """The pipeline of an operating point's checkpoints. Raises `BadInput` for one that is missing or damaged."""
-    device = base.unet.device
-    class_encoder = load_checkpoint(ClassEncoder, run.folder / "class_encoder", point.class_encoder_epoch, device)
-    unet = base.unet
+    device = base.device
+    table = load_checkpoint(ClassTable, run.folder / "class_encoder", point.class_encoder_epoch, device)
     if point.unet_epoch:
-        unet = load_checkpoint(type(base.unet), run.folder / "unet", point.unet_epoch, device)
+        unet = load_checkpoint(UNet2DConditionModel, run.folder / "unet", point.unet_epoch, device, base.dtype)
+    else:
+        unet = base.unet
     scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
-    return ClassConditionalStableDiffusionPipeline(base.vae, unet, class_encoder, scheduler)
+    return ClassConditionalStableDiffusionPipeline(base.vae, unet, table, scheduler)
 
 
 def plan_generation(

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sdlab.datasets import ImageDataset, Split
+from sdlab.images import ImageDataset, Split
 from sdlab.importance import LABELS
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from sdlab.datasets import Split
+from sdlab.images import Split
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.pixels import to_uint8
 from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside

@@ -35,24 +35,31 @@ class Moments:
 
 @torch.no_grad()
 def encode_images(
-    images: np.ndarray, base: BaseModel, size: int, path: Path, made_from: str, progress: Callable = tqdm
+    images: Callable[[range], np.ndarray],
+    count: int,
+    base: BaseModel,
+    size: int,
+    path: Path,
+    made_from: str,
+    progress: Callable = tqdm,
 ) -> Moments:
-    """Moments of uint8 images (n, 3, h, w) at `size` pixels, from `path` if they were made from the same before.
+    """Moments of `count` images at `size` pixels, from `path` if they were made from the same before.
 
-    `made_from` names images and their order (a fingerprint); the VAE's hash is added to it here.
+    `images` gives those of a range of places: uint8 (n, 3, h, w). `made_from` names images and their order (a
+    fingerprint); the VAE's hash is added to it here.
     """
     vae_sha = {name: sha for name, sha in base.sha256.items() if name.startswith("vae/")}
     key = sha256_of_json([made_from, vae_sha, size])
-    device = base.unet.device
+    device = base.device
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["made_from"]) == key:
                 mean, std = (torch.from_numpy(kept[name]).to(device) for name in ("mean", "std"))
                 return Moments(mean, std, base.vae.config.scaling_factor)
     parts = []
-    with progress(total=len(images), desc="encode", unit="img") as bar:
-        for start in range(0, len(images), ENCODE_BATCH):
-            batch = to_model(images[start : start + ENCODE_BATCH], size).to(device, base.vae.dtype)
+    with progress(total=count, desc="encode", unit="img") as bar:
+        for start in range(0, count, ENCODE_BATCH):
+            batch = to_model(images(range(start, min(start + ENCODE_BATCH, count))), size).to(device)
             posterior = base.vae.encode(batch).latent_dist
             parts.append((posterior.mean.float(), posterior.std.float()))
             bar.update(len(batch))

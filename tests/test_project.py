@@ -17,7 +17,7 @@ from sdlab.settings import PROJECT_ROOT
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
-ORDER = ("paper", "settings", "run", "datasets", "pixels", "importance", "figures", "results", "base_models", "class_encoder",
+ORDER = ("paper", "settings", "run", "images", "official", "own_images", "datasets", "pixels", "importance", "figures", "results", "base_models", "class_encoder",
          "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "workflow")  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_imports_run_one_way():
             ours |= {
                 a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "sdlab" for a in n.names
             }
-        late = {m for m in ours if ORDER.index(m) >= ORDER.index(name)} - ({"pixels"} if name == "datasets" else set())
+        late = {m for m in ours if ORDER.index(m) >= ORDER.index(name)} - ({"pixels"} if name == "images" else set())
         assert not late, f"{name} imports {late}"
         if name == "training":
             assert not any(m.split(".")[0] == "optuna" for m in imported)

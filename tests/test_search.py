@@ -10,7 +10,7 @@ import pytest
 
 from sdlab import search as search_module
 from sdlab.classifier import Score
-from sdlab.datasets import Split
+from sdlab.images import Split
 from sdlab.evaluation import OperatingPoint
 from sdlab.run import STEPS, Run, StepState
 from sdlab.search import Ranges, final_ranges, first_ranges, open_study, run_search

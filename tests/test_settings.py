@@ -135,7 +135,7 @@ def test_assigned_names_takes_plain_values_only():
 
 
 def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
-    free = {"experiment", "runs_root", "reports_root", "storage", "device", "num_threads"}
+    free = {"experiment", "runs_root", "reports_root", "storage", "device", "num_threads", "data_root"}
     for f in dataclasses.fields(Settings):
         assert f.metadata["text"]
         assert bool(f.metadata["steps"]) != (f.name in free), f.name

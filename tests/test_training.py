@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from sdlab.base_models import load_base_model
-from sdlab.class_encoder import ClassEncoder
+from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.latents import Moments, encode_images
 from sdlab.pixels import to_model
 from sdlab.settings import BadInput
-from sdlab.training import TrainingPlan, cosine, fine_tune_unet, load_checkpoint, noise_loss, save_checkpoint, train
+from sdlab.training import (
+    TrainingPlan,
+    cosine,
+    fine_tune_unet,
+    halved,
+    load_checkpoint,
+    noise_loss,
+    save_checkpoint,
+    train,
+)
 
 
 class Killed(Exception):
@@ -170,8 +180,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(base, moments, tmp_path, how):
     fit(base, moments, tmp_path, plan(epochs=2))
     damaged(tmp_path / "epoch_02" / "diffusion_pytorch_model.safetensors", how)
     with pytest.raises(BadInput, match=r"epoch_02 is damaged: diffusion_pytorch_model.safetensors is"):
-        load_checkpoint(ClassEncoder, tmp_path, 2)
-    assert load_checkpoint(ClassEncoder, tmp_path, 1).config.num_classes == 3
+        load_checkpoint(ClassTable, tmp_path, 2)
+    assert load_checkpoint(ClassTable, tmp_path, 1).config.num_classes == 3
 
 
 def test_a_damaged_checkpoint_is_neither_kept_nor_written_over(base, moments, tmp_path):
@@ -190,7 +200,7 @@ def test_a_damaged_checkpoint_is_neither_kept_nor_written_over(base, moments, tm
 def test_an_epoch_beyond_the_checkpoints_is_refused(base, moments, tmp_path, epoch):
     fit(base, moments, tmp_path, plan(epochs=2))
     with pytest.raises(BadInput, match=f"no checkpoint of epoch {epoch} in .*which has epochs 1 to 2"):
-        load_checkpoint(ClassEncoder, tmp_path, epoch)
+        load_checkpoint(ClassTable, tmp_path, epoch)
 
 
 def test_a_damaged_resume_state_is_refused(base, moments, tmp_path):
@@ -201,10 +211,53 @@ def test_a_damaged_resume_state_is_refused(base, moments, tmp_path):
         fit(base, moments, tmp_path, plan())
 
 
-def test_the_checkpoint_holds_what_was_trained(base, moments, tmp_path):
+def test_a_class_encoders_checkpoint_is_its_table(base, moments, tmp_path):
     encoder, _ = fit(base, moments, tmp_path, plan(epochs=2))
+    table = load_checkpoint(ClassTable, tmp_path, 2)
+    assert torch.equal(table.table(), encoder.table()) and table.table().dtype == torch.float32
+
+
+def test_a_unets_checkpoint_is_its_half_precision_and_the_resume_state_its_full_one(base, moments, tmp_path):
+    fit(base, moments, tmp_path, plan("unet", epochs=2))
     kept = load_file(tmp_path / "epoch_02" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in kept.items())
+    full, trained = load_file(tmp_path / "resume.safetensors"), base.unet.state_dict()
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(kept[name], value.half()) for name, value in trained.items())
+    assert all(torch.equal(full[f"model.{name}"], value) for name, value in trained.items())
+    again = load_checkpoint(UNet2DConditionModel, tmp_path, 2)
+    assert all(torch.equal(value, kept[name].float()) for name, value in again.state_dict().items())
+
+
+def test_weights_beyond_half_precision_are_refused(base):
+    with torch.no_grad():
+        base.unet.conv_in.weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(BadInput, match=r"conv_in.weight are beyond the range of float16"):
+        halved(base.unet)
+
+
+@pytest.mark.parametrize("part", ["class_encoder", "unet"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_weights_and_resumes_to_the_same_bytes(
+    settings, moments, tmp_path, part, precision
+):
+    """As on a GPU: the frozen UNet's weights in half precision, those that are trained in float32; a scaler for float16."""
+    half = dataclasses.replace(settings, precision=precision)
+
+    def started(folder, **more):
+        base = load_base_model(half)
+        if part == "unet":
+            base = base.with_unet(base.load_unet(torch.float32))
+        return fit(base, moments, folder, plan(part), **more)
+
+    _, history = started(tmp_path / "whole")
+    with pytest.raises(Killed):
+        started(tmp_path / "cut", progress=DiesAt(5))
+    started(tmp_path / "cut")
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+    kept = load_file(tmp_path / "whole" / "resume.safetensors")
+    assert {v.dtype for v in kept.values()} == {torch.float32}
+    _, exact = fit(load_base_model(settings), moments, tmp_path / "float32", plan(part))
+    assert history[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02) and history != exact
 
 
 def test_epsilon_and_v_targets(settings, v_base_folder):
@@ -231,14 +284,13 @@ def test_the_cosine_goes_from_one_to_zero():
 
 def test_latents_are_encoded_once(base, data, tmp_path):
     path = tmp_path / "train.npz"
-    first = encode_images(data.train.images, base, 16, path, "made from this")
-    second = encode_images(
-        data.train.images, base, 16, path, "made from this", progress=None
-    )  # would fail if it encoded
+    images = data.train.images
+    first = encode_images(images.__getitem__, len(images), base, 16, path, "made from this")
+    second = encode_images(None, len(images), base, 16, path, "made from this")  # would fail if it encoded
     assert torch.equal(first.mean, second.mean) and torch.equal(first.std, second.std)
     posterior = base.vae.encode(to_model(data.train.images, 16)).latent_dist
     torch.testing.assert_close(first.mean, posterior.mean, atol=1e-5, rtol=1e-4)
-    third = encode_images(data.train.images[::-1].copy(), base, 16, path, "made from something else")
+    third = encode_images(images[::-1].__getitem__, len(images), base, 16, path, "made from something else")
     assert not torch.equal(first.mean, third.mean)
 
 

@@ -1,0 +1,232 @@
+"""The paper's data sets, and their relatives: CIFAR through torchvision, MedMNIST through medmnist's own table of files.
+
+Files lie under `data_root`, are fetched there if they are missing, and are read only if their MD5 is the official one.
+"""
+
+import functools
+import hashlib
+import http.client
+import importlib.util
+import os
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlab.images import ImageDataset, Split
+from sdlab.run import Progress, written_beside
+from sdlab.settings import BadInput
+
+TIMEOUT = 30  # seconds without a byte until a download is given up
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan has to know of a data set before its files are there."""
+
+    train: int
+    val: int
+    test: int
+    num_classes: int
+    image_size: int
+
+
+def md5_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def fetch(url: str, path: Path, md5: str, what: str) -> None:
+    """Download to `path`, unless a file is there. Raises `BadInput` if it cannot be had, or is not the official one.
+
+    It is written beside and renamed when its MD5 is right: a cut download leaves nothing that is read.
+    """
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                check_folder(path.parent)
+                with written_beside(path) as beside:
+                    size = save(answer, beside, path.name)
+                    if (found := md5_of(beside)) != md5:
+                        raise BadInput(
+                            f"What {url} sent as {path.name} for {what} has MD5 {found} ({size:,} bytes) instead of {md5}: it was "
+                            "cut short or altered on the way; try again."
+                        )
+        except (OSError, http.client.HTTPException) as error:
+            raise BadInput(
+                f"{path.name} of {what} is not in {path.parent} and could not be fetched from {url} ({error}): put it there, "
+                "or set `data_root` to the folder that has it."
+            ) from None
+    found = md5_of(path)
+    if found != md5:
+        raise BadInput(
+            f"{path} has MD5 {found}, but the official file of {what} has {md5}: move it away, and it is fetched from {url}; "
+            "to use your own version, give its path as `dataset`."
+        )
+
+
+def save(answer: http.client.HTTPResponse, path: Path, name: str) -> int:
+    """What a server sends, into `path`; the number of bytes. Raises `OSError`."""
+    with path.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with Progress(None, total or None, f"fetch {name}", "B") as bar:
+            while chunk := answer.read(2**20):
+                file.write(chunk)
+                bar.update(len(chunk))
+        return file.tell()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `BadInput` for a folder that can be neither written nor made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"`data_root` is {folder}, which cannot be made ({error.strerror}).") from None
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"`data_root` is {folder}, where nothing can be written, and a file is missing there.")
+
+
+# ------------------------------------------------------------------------------------------------------ CIFAR
+
+CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+CIFAR_FACTS = {"cifar10": Facts(40_000, 10_000, 10_000, 10, 32), "cifar100": Facts(40_000, 10_000, 10_000, 100, 32)}
+
+
+def cifar(name: str, data_root: Path, kind: Any = None, validation: int = 10_000) -> ImageDataset:
+    """CIFAR as the authors split it: the last 10,000 training images validate.
+
+    `kind` is torchvision's class, which knows the files, their MD5s and the address. The files are pickles: they are
+    unpickled only after every MD5 was right. Raises `BadInput` for files that are missing or not the official ones.
+    """
+    if kind is None:
+        import torchvision.datasets  # seconds: only where CIFAR is asked for
+
+        kind = getattr(torchvision.datasets, CIFAR[name])
+    folder = data_root / kind.base_folder
+    members = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+    if not folder.exists():
+        archive = data_root / kind.filename
+        fetch(kind.url, archive, kind.tgz_md5, name)
+        unpack(archive, folder)
+    for member, md5 in members.items():
+        path = folder / member
+        if not path.is_file():
+            raise BadInput(
+                f"{path} of {name} is missing: move {folder} away, and it is made anew from {kind.filename}."
+            )
+        if (found := md5_of(path)) != md5:
+            raise BadInput(
+                f"{path} has MD5 {found}, but the official file of {name} has {md5}: move {folder} away, and it is made anew from "
+                f"{kind.filename} ({kind.url})."
+            )
+    train, test = kind(data_root, train=True), kind(data_root, train=False)
+    images, labels = as_split(train.data, train.targets)
+    return ImageDataset(
+        name,
+        f"torchvision {CIFAR[name]} ({kind.url}), {len(labels) - validation:,} of {len(labels):,} training images, the rest for validation",
+        tuple(train.classes),
+        Split(images[:-validation], labels[:-validation]),
+        Split(images[-validation:], labels[-validation:]),
+        Split(*as_split(test.data, test.targets)),
+    )
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """`folder` as it stands in the archive, renamed into place when it is whole."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        (Path(scratch) / folder.name).rename(folder)
+
+
+def as_split(images: np.ndarray, labels) -> tuple[np.ndarray, np.ndarray]:
+    """(n, h, w[, 3]) uint8 and labels (n,) or (n, 1) -> images (n, 3, h, w), labels int64 (n,)."""
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=3)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(labels).reshape(-1).astype(np.int64)
+
+
+# --------------------------------------------------------------------------------------------------- MedMNIST
+
+
+@functools.cache
+def medmnist_table() -> dict[str, dict]:
+    """medmnist's INFO of its two-dimensional sets with one label an image: address, MD5, counts, names, licence.
+
+    Read from its info.py alone: importing the package takes seconds, for classes that are not needed here.
+    """
+    package = importlib.util.find_spec("medmnist").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("sdlab_medmnist_info", Path(package) / "info.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {
+        name: info
+        for name, info in module.INFO.items()
+        if "3d" not in name and info["task"] != "multi-label, binary-class"
+    }
+
+
+def medmnist_facts(name: str, table: dict | None = None) -> Facts:
+    info = (table or medmnist_table())[name]
+    return Facts(*(info["n_samples"][s] for s in ("train", "val", "test")), len(info["label"]), 28)
+
+
+def medmnist(name: str, data_root: Path, table: dict | None = None) -> ImageDataset:
+    """A MedMNIST set at 28 pixels with its own splits. Raises `BadInput` for a file that is missing or not the official one."""
+    info = (table or medmnist_table())[name]
+    path = data_root / f"{name}.npz"
+    fetch(info["url"], path, info["MD5"], name)
+    splits = read_npz(path)
+    expected = {s: info["n_samples"][s] for s in ("train", "val", "test")}
+    found = {s: len(split) for s, split in splits.items()}
+    if found != expected:
+        raise BadInput(f"{path} has {found} images, but {name} has {expected}: move it away.")
+    classes = tuple(info["label"][str(i)] for i in range(len(info["label"])))
+    licence = info["license"]
+    return ImageDataset(
+        name, f"MedMNIST v2 {info['python_class']}, 28 px ({info['url']}; {licence})", classes, **splits
+    )
+
+
+def read_npz(path: Path) -> dict[str, Split]:
+    """The three splits of a file in MedMNIST's layout: `train_images` (n, h, w[, 3]) uint8, `train_labels` (n[, 1]), and so on.
+
+    Raises `BadInput` for any other file. Nothing is unpickled.
+    """
+    layout = (
+        "it needs train_images, train_labels, and the same of val and test: uint8 (n, h, w[, 3]) and labels (n[, 1])"
+    )
+    splits = {}
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if missing := [
+                k for s in ("train", "val", "test") for k in (f"{s}_images", f"{s}_labels") if k not in kept
+            ]:
+                raise BadInput(f"{path} has no {', '.join(missing)}: {layout}.")
+            for s in ("train", "val", "test"):
+                images, labels = kept[f"{s}_images"], kept[f"{s}_labels"]
+                if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+                    raise BadInput(f"{path} holds {s}_images of {images.dtype} {images.shape}: {layout}.")
+                if (
+                    labels.dtype.kind not in "iu"
+                    or labels.size != len(images)
+                    or len(labels) != len(images)
+                    or not len(labels)
+                ):
+                    raise BadInput(
+                        f"{path} holds {s}_labels of {labels.dtype} {labels.shape} for {len(images)} images: one label an image is needed."
+                    )
+                splits[s] = Split(*as_split(images, labels))
+    except BadInput:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} cannot be read as npz ({type(error).__name__}: {error}): {layout}.") from None
+    sizes = {split.images.shape[2:] for split in splits.values()}
+    if len(sizes) > 1 or len(set(*sizes)) > 1:
+        raise BadInput(f"{path} holds images of {sorted(sizes)} pixels: all have to be square and of one size.")
+    return splits

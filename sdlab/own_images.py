@@ -1,0 +1,300 @@
+"""Your own images: a folder with one subfolder a class, or an npz in MedMNIST's layout -> `ImageDataset`."""
+
+import hashlib
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sdlab.images import ImageDataset, Split
+from sdlab.official import read_npz
+from sdlab.run import Progress, sha256_of_json, written_beside
+from sdlab.settings import BadInput, Settings
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LAYOUT = "it needs one subfolder a class with its images, if you like below train/, val/ and test/"
+READ_WIDTH = 8192  # pixels a side: larger files are taken for bombs
+
+
+# --------------------------------------------------------------------------------------------------- one image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file as it was read. `pixels` uint8 (3, size, size); `digest` of all its pixels; `traits` worth a remark."""
+
+    pixels: np.ndarray
+    digest: bytes
+    traits: tuple[str, ...]
+
+
+def read_picture(path: Path, size: int) -> Picture:
+    """Any image that Pillow opens, upright, in RGB: its centre square, resized with antialiasing.
+
+    Transparent pixels become white, 16 bits are scaled to 8 over their whole range. Raises whatever Pillow raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as opened:
+            traits = ["has several frames, of which the first is used"] if getattr(opened, "n_frames", 1) > 1 else []
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    if image.mode.startswith("I"):
+        traits.append("has 16-bit pixels, scaled from 0 ... 65535 to 0 ... 255")
+    rgb = to_rgb(image)
+    if rgb.width != rgb.height:
+        traits.append("is not square, so its centre square is used")
+    if min(rgb.size) < size:
+        traits.append("is smaller than what it is resized to")
+    digest = hashlib.blake2b(rgb.tobytes() + repr(rgb.size).encode(), digest_size=16).digest()
+    fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
+    return Picture(np.asarray(fitted).transpose(2, 0, 1), digest, tuple(traits))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Grey, palette, CMYK, 16-bit, transparent ... -> RGB. Raises `ValueError` for pixels without a known range."""
+    if image.mode.startswith("I"):  # I;16 and its kin, or I: 32 bits that hold 16
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels run from {values.min()} to {values.max()}, beyond 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------- a folder
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files below a folder: (path relative to it, class, split or "")."""
+
+    folder: Path
+    files: tuple[tuple[str, str, str], ...]
+    others: tuple[str, ...]  # files whose names are not those of images
+
+    def key(self, *more) -> str:
+        """Changes whenever a file is added, removed or written."""
+        stats = [(self.folder / name).stat() for name, _, _ in self.files]
+        return sha256_of_json([self.files, [(s.st_size, s.st_mtime_ns) for s in stats], *more])
+
+
+def list_folder(folder: Path) -> Listing:
+    """What stands in a folder. Raises `BadInput` where it is no set of labelled images."""
+    below = subfolders(folder)
+    splits = [path for path in below if path.name.lower() in SPLITS]
+    if splits and len(splits) < len(below):
+        odd = next(path.name for path in below if path not in splits)
+        raise BadInput(f"{folder} has both {splits[0].name}/ and {odd}/: {LAYOUT}, but not both.")
+    if len({SPLITS[path.name.lower()] for path in splits}) < len(splits):
+        raise BadInput(f"{folder} has {' and '.join(path.name for path in splits)}, two of which name the same split.")
+    images, others = [], []
+    suffixes = Image.registered_extensions()
+    for above, split in [(path, SPLITS[path.name.lower()]) for path in splits] or [(folder, "")]:
+        for of_class in subfolders(above):
+            for path in sorted(p for p in of_class.rglob("*") if p.is_file() and not p.name.startswith(".")):
+                name = path.relative_to(folder).as_posix()
+                if path.suffix.lower() in suffixes:
+                    images.append((name, of_class.name, split))
+                else:
+                    others.append(name)
+    if not images:
+        loose = sum(path.suffix.lower() in suffixes for path in folder.iterdir())
+        found = f"{loose} images without a class" if loose else f"{len(others)} files, none of them an image"
+        raise BadInput(f"{folder} has {found}: {LAYOUT}.")
+    return Listing(folder, tuple(images), tuple(others))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def read_folder(folder: Path, settings: Settings) -> ImageDataset:
+    """A folder's images at the classifier's size, split. Read once an experiment: step 00 keeps them (`keep_dataset`).
+
+    Raises `BadInput` for a folder that cannot be split, or that holds nothing to learn.
+    """
+    listing = list_folder(folder)
+    key = listing.key(settings.image_size, settings.val_share, settings.test_share)
+    images, files, remarks = kept_images(settings, key) or read_all(listing, settings)
+    classes = tuple(sorted({c for _, c, _ in files}))
+    splits = {}
+    for split in ("train", "val", "test"):
+        rows = [i for i, (_, _, s) in enumerate(files) if s == split]
+        labels = np.array([classes.index(files[i][1]) for i in rows], np.int64)
+        splits[split] = Split(images[rows], labels)
+    training = [name for name, _, s in files if s == "train"]
+
+    def source_images(indices: Sequence[int], size: int) -> np.ndarray:
+        return np.stack([read_picture(folder / training[i], size).pixels for i in indices])
+
+    return ImageDataset(
+        folder.name, f"folder {folder.name}/", classes, **splits,
+        source_images=source_images, files=tuple(files), remarks=tuple(remarks),
+    )  # fmt: skip
+
+
+def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, list[str]]:
+    """Images (n, 3, size, size), their (file, class, split), and what is worth a remark."""
+    pictures, unreadable, traits = {}, [], defaultdict(list)
+
+    def attempt(entry):
+        try:
+            return read_picture(listing.folder / entry[0], settings.image_size)
+        except Exception as error:  # whatever a damaged or hostile file makes a decoder raise
+            return f"{entry[0]} ({first_words(error)})"
+
+    with Progress(None, len(listing.files), "read images", "img") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for entry, read in zip(listing.files, pool.map(attempt, listing.files), strict=True):
+            bar.update()
+            if isinstance(read, str):
+                unreadable.append(read)
+                continue
+            pictures[entry] = read
+            for trait in read.traits:
+                traits[trait].append(entry[0])
+    if len(unreadable) > len(pictures):
+        raise BadInput(
+            f"{len(unreadable)} of the {len(listing.files)} images in {listing.folder} cannot be read, as {unreadable[0]}: repair or remove them."
+        )
+    check_classes(listing, list(pictures))
+    files = assign_splits(pictures, settings)
+    remarks = []
+    if unreadable:
+        remarks.append(f"{len(unreadable)} unreadable files were left out: {shortened(unreadable)}.")
+    if listing.others:
+        remarks.append(f"{len(listing.others)} files are no images by their names: {shortened(listing.others)}.")
+    remarks += [f"{len(names)} of the images: each {trait} ({shortened(names, 2)})." for trait, names in traits.items()]
+    return np.stack([pictures[entry].pixels for entry in pictures]), files, remarks
+
+
+def check_classes(listing: Listing, entries: list) -> None:
+    """Raises `BadInput` for fewer than two classes, or a class that cannot be learned or judged."""
+    classes = sorted({c for _, c, _ in entries})
+    if len(classes) < 2:
+        raise BadInput(
+            f"{listing.folder} has readable images of one class only (`{classes[0]}`): a classifier needs two; {LAYOUT}."
+        )
+    given = {s for _, _, s in entries}
+    if given != {""} and "train" not in given:
+        raise BadInput(f"{listing.folder} has images in {' and '.join(sorted(given))}, but none in train/: {LAYOUT}.")
+    for name in classes:
+        splits = [s for _, c, s in entries if c == name]
+        if given != {""} and "train" not in splits:
+            raise BadInput(f"The class `{name}` of {listing.folder} has images in {splits[0]}/, but none in train/.")
+        wanted = 1 + ("val" not in given) + ("test" not in given)
+        have = splits.count("train") + splits.count("")
+        if have < wanted:
+            raise BadInput(
+                f"The class `{name}` of {listing.folder} has {have} readable training images: at least {wanted} are needed, one for each "
+                "split that has to be made of them; a class of fewer than about 50 is rarely learned."
+            )
+
+
+def assign_splits(pictures: dict, settings: Settings) -> list[tuple[str, str, str]]:
+    """(file, class, split) in the order of `pictures`: splits that stand in the folder stay, the others are drawn.
+
+    Drawn class by class (stratified), with a fixed seed, and equal images together, so that none crosses.
+    """
+    given = {s for _, _, s in pictures}
+    drawn = [("val", settings.val_share), ("test", settings.test_share)]
+    drawn = [(split, share) for split, share in drawn if split not in given]
+    split_of = {entry: entry[2] or "train" for entry in pictures}
+    for index, name in enumerate(sorted({c for _, c, _ in pictures})):
+        groups = defaultdict(list)  # equal images
+        for entry, picture in pictures.items():
+            if entry[1] == name and split_of[entry] == "train":
+                groups[picture.digest].append(entry)
+        order = [list(groups.values())[i] for i in np.random.default_rng([0, index]).permutation(len(groups))]
+        for split, share in drawn:
+            count = min(max(1, round(share * len(groups))), len(order) - 1)
+            for group in order[:count]:
+                split_of |= dict.fromkeys(group, split)
+            order = order[count:]
+    return [(name, c, split_of[name, c, s]) for name, c, s in pictures]
+
+
+def shortened(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def first_words(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+# ------------------------------------------------------------------------------------- kept in the run's folder
+
+
+def images_file(settings: Settings) -> Path:
+    return settings.run_folder / "data" / "images.npz"
+
+
+def keep_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
+    """Of a folder: its images and splits, so that later notebooks need not read it again. The files written."""
+    if not dataset.files:
+        return []
+    path, listing = images_file(settings), list_folder(own_path(settings))
+    splits = path.with_name("splits.csv")
+    at = {name: iter(split.images) for name, split in dataset.splits.items()}
+    images = np.stack([next(at[split]) for _, _, split in dataset.files])
+    key = listing.key(settings.image_size, settings.val_share, settings.test_share)
+    with written_beside(path) as beside, beside.open("wb") as file:
+        np.savez(
+            file, images=images, files=np.array(dataset.files), remarks=np.array(dataset.remarks, "U"), made_from=key
+        )
+    with written_beside(splits) as beside:
+        beside.write_text(
+            "\n".join(["file,class,split", *(",".join(map(quoted, f)) for f in dataset.files)]) + "\n", encoding="utf-8"
+        )
+    return [path, splits]
+
+
+def quoted(text: str) -> str:
+    return f'"{text}"' if "," in text else text
+
+
+def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[str]] | None:
+    """What `keep_dataset` wrote, if the folder has not changed since."""
+    path = images_file(settings)
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as kept:
+        if str(kept["made_from"]) != key:
+            return None
+        return kept["images"], [tuple(map(str, row)) for row in kept["files"]], list(map(str, kept["remarks"]))
+
+
+# ------------------------------------------------------------------------------------------------- entry points
+
+
+def own_path(settings: Settings) -> Path:
+    """Where `dataset` points, if it is a path: relative to the project, or absolute."""
+    from sdlab.settings import PROJECT_ROOT
+
+    return PROJECT_ROOT / Path(settings.dataset).expanduser()
+
+
+def own_images(settings: Settings) -> ImageDataset:
+    """The images at the path `settings.dataset`. Raises `BadInput`."""
+    path = own_path(settings)
+    if path.is_dir():
+        return read_folder(path, settings)
+    splits = read_npz(path)
+    labels = np.concatenate([split.labels for split in splits.values()])
+    classes = sorted(set(labels.tolist()))
+    if len(classes) < 2 or classes != list(range(len(classes))):
+        raise BadInput(f"{path} has the labels {classes[:12]}: they have to be 0, 1, ... without a gap, two at least.")
+    if absent := sorted(set(classes) - set(splits["train"].labels.tolist())):
+        raise BadInput(f"{path} has no training images of the classes {absent}.")
+    return ImageDataset(path.stem, f"file {path.name}", tuple(map(str, classes)), **splits)
