@@ -19,6 +19,7 @@ from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 diffusers.utils.logging.disable_progress_bar()  # of shards: executed notebooks carry no bars
 
 TINY = Path(__file__).parent / "tiny"
+SHAPES = Path(__file__).parent / "shapes"  # configs, no weights, of the models in PINNED
 STEM = "diffusion_pytorch_model"
 # The text encoder's config (not its weights) says how many tokens it gave.
 CONFIGS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json")
@@ -160,6 +161,13 @@ def base_model_folder(settings: Settings) -> tuple[Path, str]:
     folder = PROJECT_ROOT / Path(name).expanduser()
     if folder.is_dir():
         return folder, name
+    revision = pinned(settings)
+    return from_hub(name, revision), f"{name}@{revision}"
+
+
+def pinned(settings: Settings) -> str:
+    """The commit of a hub id. Raises `BadInput` for a name that is none, and for a revision that can move."""
+    name = settings.base_model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise BadInput(
             f"`base_model` is {name!r}: it has to be `tiny`, a diffusers folder that exists, or a hub id `owner/name`."
@@ -170,13 +178,20 @@ def base_model_folder(settings: Settings) -> tuple[Path, str]:
             f"`base_model_revision` is {revision!r} for {name}: give the 40 digits of a commit, which the hub shows under "
             "`History`; a branch could move while an experiment runs."
         )
-    return from_hub(name, revision), f"{name}@{revision}"
+    return revision
 
 
-def from_hub(name: str, revision: str) -> Path:
-    """The snapshot's folder, complete: configs, and for VAE and UNet one set of safetensors. Nothing else is fetched."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def is_here(settings: Settings) -> bool:
+    """Whether the base model can be loaded without fetching anything. Raises `BadInput` for a name that is none."""
+    if settings.base_model == "tiny" or (PROJECT_ROOT / Path(settings.base_model).expanduser()).is_dir():
+        return True
+    return cached(settings.base_model, pinned(settings)) is not None
+
+
+def cached(name: str, revision: str) -> Path | None:
+    """The folder of a snapshot that was fetched before, if it is complete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
@@ -184,6 +199,16 @@ def from_hub(name: str, revision: str) -> Path:
             return folder
     except (LocalEntryNotFoundError, BadInput):
         pass
+    return None
+
+
+def from_hub(name: str, revision: str) -> Path:
+    """The snapshot's folder, complete: configs, and for VAE and UNet one set of safetensors. Nothing else is fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if folder := cached(name, revision):
+        return folder
     try:
         names = HfApi().list_repo_files(name, revision=revision)
         wanted = [*CONFIGS]
@@ -242,6 +267,36 @@ def load_base_model(settings: Settings) -> BaseModel:
         source, folder, device, choose_precision(settings.precision, device), loaded, unet, scheduler,
         text_encoder["max_position_embeddings"], variants, hashes,
     )  # fmt: skip
+
+
+def unloaded(settings: Settings) -> BaseModel:
+    """A base model of the right size with zeros for weights, for planning before gigabytes are fetched.
+
+    Raises `BadInput` for one whose configs are not in `shapes/`.
+    """
+    folder = SHAPES / settings.base_model.rpartition("/")[2]
+    if settings.base_model not in PINNED:
+        raise BadInput(
+            f"The base model {settings.base_model} is not on this machine, so its size is not known: fetch it first (run notebook "
+            f"00), or plan with {' or '.join(PINNED)}."
+        )
+    device = choose_device(settings.device)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    unet, vae, scheduler, text_encoder = (config_file(folder, name) for name in CONFIGS)
+    dtype = choose_precision(settings.precision, device)
+    parts = {}
+    for part, config, precision in (("vae", vae, torch.float32), ("unet", unet, dtype)):
+        with torch.device("meta"):
+            model = PARTS[part].from_config(config)
+        zeros = {name: torch.zeros(t.shape, dtype=precision, device=device) for name, t in model.state_dict().items()}
+        model.load_state_dict(zeros, assign=True)
+        parts[part] = model.requires_grad_(False).eval()
+    base = BaseModel(
+        f"{settings.base_model}, zeros for weights", folder, device, dtype, parts["vae"], unet, scheduler,
+        text_encoder["max_position_embeddings"], {}, {},
+    )  # fmt: skip
+    return base.with_unet(parts["unet"])
 
 
 def checked_sha256(path: Path, source: str) -> str:

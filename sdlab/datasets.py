@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdlab.images import ImageDataset, Split, at_size
-from sdlab.official import CIFAR, CIFAR_FACTS, Facts, cifar, medmnist, medmnist_facts, medmnist_table
+from sdlab.images import Facts, ImageDataset, Split, at_size
+from sdlab.official import CIFAR, CIFAR_FACTS, CIFAR_FOLDERS, cifar, medmnist, medmnist_facts, medmnist_table
 from sdlab.own_images import own_images, own_path
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
@@ -54,6 +54,17 @@ def load_dataset(settings: Settings) -> ImageDataset:
     return at_size(load_named(settings.dataset, data_root), settings.image_size)
 
 
+def fetch_dataset(settings: Settings) -> None:
+    """Fetch what is missing of an official data set, with a bar, before any notebook starts. Raises `BadInput`."""
+    check_name(settings)
+    data_root = PROJECT_ROOT / Path(settings.data_root).expanduser()
+    missing = not (data_root / f"{settings.dataset}.npz").exists() if settings.dataset in medmnist_table() else False
+    if settings.dataset in CIFAR:
+        missing = not (data_root / CIFAR_FOLDERS[settings.dataset]).exists()
+    if missing:
+        load_named(settings.dataset, data_root)
+
+
 def dataset_facts(settings: Settings) -> Facts:
     """Counts and classes, without fetching anything: what a plan has to know. Own images are read for it."""
     check_name(settings)
@@ -62,8 +73,7 @@ def dataset_facts(settings: Settings) -> Facts:
         return CIFAR_FACTS[name]
     if name in medmnist_table():
         return medmnist_facts(name)
-    data = load_dataset(settings)
-    return Facts(len(data.train), len(data.val), len(data.test), data.num_classes, data.image_size)
+    return load_dataset(settings).facts()
 
 
 def check_name(settings: Settings) -> None:

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from sdlab.base_models import BaseModel, choose_device, make_scheduler
 from sdlab.class_encoder import ClassTable
 from sdlab.classifier import Recipe, Score, score, train_classifier
-from sdlab.images import ImageDataset, Split
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
+from sdlab.images import ImageDataset, Split
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.run import Run, read_json, sha256_of_json
 from sdlab.settings import Settings

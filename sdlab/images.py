@@ -21,6 +21,17 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a plan has to know of a data set, whose files need not be there yet: images of each split, classes, pixels."""
+
+    train: int
+    val: int
+    test: int
+    num_classes: int
+    image_size: int
+
+
+@dataclass(frozen=True)
 class ImageDataset:
     """A labelled image set with its three splits. The images have one size, the classifier's.
 
@@ -55,6 +66,9 @@ class ImageDataset:
     @property
     def image_size(self) -> int:
         return self.train.images.shape[-1]
+
+    def facts(self) -> Facts:
+        return Facts(len(self.train), len(self.val), len(self.test), self.num_classes, self.image_size)
 
     def counts(self) -> dict[str, list[int]]:
         """Images of each class in each split."""

@@ -12,28 +12,16 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdlab.images import ImageDataset, Split
+from sdlab.images import Facts, ImageDataset, Split
 from sdlab.run import Progress, written_beside
 from sdlab.settings import BadInput
 
 TIMEOUT = 30  # seconds without a byte until a download is given up
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a plan has to know of a data set before its files are there."""
-
-    train: int
-    val: int
-    test: int
-    num_classes: int
-    image_size: int
 
 
 def md5_of(path: Path) -> str:
@@ -94,6 +82,7 @@ def check_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ CIFAR
 
 CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's
 CIFAR_FACTS = {"cifar10": Facts(40_000, 10_000, 10_000, 10, 32), "cifar100": Facts(40_000, 10_000, 10_000, 100, 32)}
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from sdlab import paper
 from sdlab.importance import LABELS, PARAMETERS
-from sdlab.run import digest, read_json, read_record, step_state, written_beside
+from sdlab.run import STEPS, digest, read_json, read_record, step_state, written_beside
 from sdlab.settings import BadInput, Settings
 
 FORMATS = ("csv", "md", "tex", "png")
@@ -33,8 +33,13 @@ class Experiment:
     settings: Settings
 
     @property
+    def dataset(self) -> str:
+        """Its name: of one of your own, the folder's or file's."""
+        return self.metrics("data")["name"]
+
+    @property
     def title(self) -> str:
-        name = paper.DATASET_TITLES.get(self.settings.dataset, self.settings.dataset)
+        name = paper.DATASET_TITLES.get(self.dataset, self.dataset)
         return f"{name} ({self.settings.experiment}, {self.settings.base_model})"
 
     def metrics(self, name: str) -> dict:
@@ -84,7 +89,7 @@ def cell_row(experiment: Experiment, name: str, column: str, extra: Mapping) -> 
     kept, data = experiment.metrics(name), experiment.metrics("data")
     test, published = kept["test"], extra.pop("paper")
     return dict(
-        dataset=experiment.settings.dataset,
+        dataset=data["name"],
         experiment=experiment.settings.experiment,
         protocol=experiment.settings.protocol,
         base_model=data["base_model"],
@@ -109,8 +114,8 @@ def table_1(experiments: list[Experiment]) -> pd.DataFrame:
     """CAS and generation time after each step, a row a cell."""
     rows = []
     for experiment in experiments:
-        published = paper.TABLE_1_CAS.get(experiment.settings.dataset, {})
-        seconds = paper.TABLE_1_SECONDS.get(experiment.settings.dataset, {})
+        published = paper.TABLE_1_CAS.get(experiment.dataset, {})
+        seconds = paper.TABLE_1_SECONDS.get(experiment.dataset, {})
         for name in STEPS_OF_TABLE_1:
             kept = experiment.metrics(name)
             of_paper = seconds.get("after_2_or_3" if name in ("after_2", "after_3") else name, np.nan)
@@ -129,7 +134,7 @@ def table_2(experiments: list[Experiment]) -> pd.DataFrame:
     """CAS of x1 ... x10 beside real training images, a row a cell."""
     rows = []
     for experiment in experiments:
-        published = paper.TABLE_2.get(experiment.settings.dataset, {})
+        published = paper.TABLE_2.get(experiment.dataset, {})
         chosen = experiment.metrics("scaling")["chosen"]
         names = ["real", *(f"x{k}" for k in range(1, experiment.settings.scaling_max + 1))]
         for name in names:
@@ -239,17 +244,33 @@ def table_1_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
     for cell, title in times.items():
         key = "after_2_or_3" if cell == "after_2" else cell
         text[title] = [time_text(table, row, cell, key) for _, row in text.iterrows()]
+    text["s per image and step"] = [speed_text(table, row) for _, row in text.iterrows()]
     return text.rename(columns={name: name.replace("_", " ").capitalize() for name in STEPS_OF_TABLE_1})
 
 
 def time_text(table: pd.DataFrame, line: Mapping, cell: str, key: str) -> str:
-    names = {title: name for name, title in paper.DATASET_TITLES.items()}
     if line["who"] == "paper":
-        return f"{paper.TABLE_1_SECONDS[names[line['data set']]][key]:,}"
+        return f"{paper.TABLE_1_SECONDS[dataset_of(line)][key]:,}"
     if ":" not in line["who"] or line["who"] == "ours: not run":
         return ""
     experiment = line["who"].split(":")[0]
     return f"{table[(table.experiment == experiment) & (table.cell == cell)].seconds.iloc[0]:,.1f}"
+
+
+def dataset_of(line: Mapping) -> str:
+    return next(name for name, title in paper.DATASET_TITLES.items() if title == line["data set"])
+
+
+def speed_text(table: pd.DataFrame, line: Mapping) -> str:
+    """Seconds an image and step, which alone compare: the times are for sets of different sizes (METHOD, item 5)."""
+    if line["who"] == "paper":
+        name = dataset_of(line)
+        made = paper.TABLE_1_IMAGES[name] * paper.TABLE_1_STEPS_AFTER_1
+        return f"{paper.TABLE_1_SECONDS[name]['after_1'] / made:.2g}"
+    if ":" not in line["who"] or line["who"] == "ours: not run":
+        return ""
+    rows = table[table.experiment == line["who"].split(":")[0]]
+    return f"{rows.seconds_per_image_step.median():.2g}"
 
 
 def table_2_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
@@ -339,6 +360,104 @@ def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
             common = dict(who=f"paper: {dataset}", search=name, n=50 if name == "search_1" else 40)
             rows += [dict(common, parameter=p, importance=values[p], spread=np.nan) for p in PARAMETERS]
     return pd.DataFrame(rows)
+
+
+# --------------------------------------------------------------------------------------------- plan and actual
+
+
+def kept_plan(settings: Settings) -> dict | None:
+    """The plan that the first notebook made, if it did."""
+    path = settings.run_folder / "metrics" / "plan.json"
+    return read_json(path) if path.exists() else None
+
+
+def actual(settings: Settings) -> dict[str, dict]:
+    """What finished notebooks took, by number: hours, gigabytes left on disk, peak memory in gigabytes."""
+    found, before = {}, 0
+    for number in STEPS:
+        record = read_record(settings, number)
+        if record is None or not record["finished"]:
+            break
+        measured = record["measured"]
+        found[number] = dict(
+            hours=record["seconds"] / 3600,
+            disk_gb=(measured["folder_bytes"] - before) / 1e9,
+            memory_gb=measured["peak_memory_bytes"] / 1e9,
+        )
+        before = measured["folder_bytes"]
+    return found
+
+
+def plan_table(plan: Mapping, took: Mapping[str, Mapping] | None = None) -> pd.DataFrame:
+    """A plan as text, a row a notebook and their sum; what finished notebooks took stands beside it."""
+    took, rows = took or {}, []
+    for number, row in plan["rows"].items():
+        rows.append(
+            {
+                "notebook": row["notebook"],
+                "images": f"{row['images']:,}",
+                "steps": f"{row['steps']:,}" if row["steps"] else "",
+                "time": duration(row["hours"]),
+                "at most": duration(row["hours_at_most"]),
+                "pruning saves": f"{row['pruning_saves']:.0%}" if row["pruning_saves"] else "",
+                "disk": size(row["disk_gb"]),
+                "memory": size(row["memory_gb"]),
+            }
+            | took_columns([took[number]] if number in took else [], took)
+        )
+    total = {"notebook": "all", "images": f"{sum(row['images'] for row in plan['rows'].values()):,}"}
+    total |= {
+        "time": duration(plan["hours"]),
+        "at most": duration(plan["hours_at_most"]),
+        "disk": size(plan["disk_gb"]),
+    }
+    rows.append(total | {"memory": size(plan["memory_gb"])} | took_columns(list(took.values()), took))
+    return pd.DataFrame(rows).fillna("")
+
+
+def took_columns(rows: list[Mapping], took: Mapping) -> dict[str, str]:
+    if not took:
+        return {}
+    if not rows:
+        return {"took": "", "disk used": "", "memory used": ""}
+    return {
+        "took": duration(sum(row["hours"] for row in rows)),
+        "disk used": size(sum(row["disk_gb"] for row in rows)),
+        "memory used": size(max(row["memory_gb"] for row in rows)),
+    }
+
+
+def duration(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.1f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+
+
+def size(gigabytes: float) -> str:
+    return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.0f} MB"
+
+
+def plan_sentences(plan: Mapping) -> list[str]:
+    """What a plan rests on, and what will not do."""
+    weights = "" if plan["base_model_is_here"] else ", whose weights are not here yet: timed with zeros in their place"
+    return [
+        f"{plan['experiment']} on {plan['device']}: {plan['training_images']:,} training images of {plan['classes']} classes, base model "
+        f"{plan['base_model']} (UNet of {plan['unet_parameters']:,} parameters){weights}.",
+        "Time: steps (IS) in the middle of their range and trials pruned as the search's pruner prunes random ones; at most: the highest "
+        "IS, nothing pruned. The classifiers run to their last epoch. Imports are not counted (about ten seconds a notebook).",
+        f"Disk: {size(plan['disk_peak_gb'])} at the peak, while a resume state is written beside the last one.",
+        *(f"WARNING {warning}" for warning in plan["warnings"]),
+    ]
+
+
+def figure_1_means(effects: pd.DataFrame) -> pd.DataFrame:
+    """Figure 1's bars: means over data sets, ours and the paper's, and how many there are."""
+    source = np.where(effects.who.str.startswith("paper"), "paper", "ours")
+    grouped = effects.assign(source=source).groupby(["search", "parameter", "source"])
+    means = grouped.importance.mean().unstack().reindex(columns=["ours", "paper"])
+    means["difference"] = means.ours - means.paper
+    means["ours, data sets"] = effects[source == "ours"].who.nunique()
+    return means.round(2)
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -16,8 +16,10 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,6 +106,14 @@ def read_json(path: Path, how_to_make: str = "") -> Any:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held so far: of the GPU where torch has used one, else of RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -------------------------------------------------------------------------------------------------- records
@@ -387,6 +397,10 @@ class Run:
             if path.name not in NOT_OUTPUTS
         }
         self.record["finished"] = now()
+        self.record["measured"] = dict(
+            folder_bytes=sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
+            peak_memory_bytes=peak_memory(),
+        )
         self.record["seconds"] += round(time.monotonic() - self.started, 1)
         write_json(record_path(self.settings, self.step.number), self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)

@@ -21,8 +21,8 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import Trial, TrialState
 
 from sdlab.base_models import BaseModel
-from sdlab.images import ImageDataset
 from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet, summary
+from sdlab.images import ImageDataset
 from sdlab.run import Run, check_storage, read_json, sha256_of_json
 from sdlab.settings import BadInput, Settings
 from sdlab.training import derive_seed

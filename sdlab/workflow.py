@@ -16,8 +16,8 @@ import click
 import yaml
 from tqdm import tqdm
 
-from sdlab.datasets import check_name
-from sdlab.results import tables_are_current
+from sdlab.datasets import dataset_facts, fetch_dataset
+from sdlab.results import actual, kept_plan, plan_sentences, plan_table, tables_are_current, to_markdown
 from sdlab.run import STEPS, Lock, Step, check_step, record_path, step_state
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
 
@@ -80,7 +80,7 @@ def run(settings: Settings, until: str) -> None:
     """Run the notebooks in order; skip what is finished, stop at the first failure."""
     if until not in STEPS:
         raise BadInput(f"`--until` is {until!r}: notebooks are {', '.join(STEPS)}.")
-    check_name(settings)
+    fetch_dataset(settings)
     os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
     name = hashlib.sha256(str(settings.run_folder).encode()).hexdigest()[:16]
     # Not in the run's folder, where a run that is refused may leave nothing.
@@ -185,7 +185,7 @@ def plain_table(markdown: str) -> str:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("| "):
             lines.append(line)
-        elif cells[1] not in ("paper", "difference", "ours: not run"):
+        elif len(cells) < 2 or cells[1] not in ("paper", "difference", "ours: not run"):
             lines.append(cells)
     rows = [line for line in lines if isinstance(line, list)]
     widths = [max(len(row[i]) for row in rows if set(row[i]) != {"-"}) for i in range(len(rows[0]))]
@@ -273,6 +273,27 @@ def status(settings: Settings) -> None:
         else:
             why = state.why
         click.echo(f"  {step.stem:<24} {state.state:<8} {why}")
+
+
+@cli.command()
+@with_settings
+@click.option("--again", is_flag=True, help="Time anew, even where the first notebook kept a plan.")
+def plan(settings: Settings, again: bool) -> None:
+    """What the experiment will cost here: time, disk and memory of each notebook; what finished ones took beside it.
+
+    Times a few real steps, and fetches nothing.
+    """
+    made, took = kept_plan(settings), actual(settings)
+    if again or made is None:
+        facts = dataset_facts(settings)
+        click.echo("Timing a few steps ...", err=True)
+        from sdlab.planning import make_plan  # torch and diffusers are slow to import
+
+        made = make_plan(settings, facts)
+    first, *sentences = plan_sentences(made)
+    click.echo(f"{first}\n")
+    click.echo(plain_table(to_markdown(plan_table(made, took))))
+    click.echo("\n" + "\n".join(sentences))
 
 
 @cli.command()

@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
 from sdlab.classifier import Recipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
-from sdlab.images import Split
 from sdlab.evaluation import judge, summary
+from sdlab.images import Split
 
 RECIPE = Recipe(
     filters=8, epochs=12, steps=0, batch_size=16, learning_rate=1e-2, label_smoothing=0.1, patience=10, stop_patience=25

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from make_data import md5, write_cifar, write_medmnist
 
-from sdlab import official
 from sdlab.datasets import dataset_facts, known_names, load_dataset
+from sdlab.images import Facts
 from sdlab.official import cifar, fetch, medmnist, medmnist_facts, medmnist_table
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
@@ -115,7 +115,7 @@ def test_the_table_is_medmnists_own():
     assert all(medmnist_table()[name] == INFO[name] for name in medmnist_table())
     assert {"pathmnist", "dermamnist", "bloodmnist", "retinamnist"} <= set(medmnist_table())
     assert not {"chestmnist", "organmnist3d"} & set(known_names())  # several labels an image; volumes
-    assert medmnist_facts("retinamnist") == official.Facts(1080, 120, 400, 5, 28)
+    assert medmnist_facts("retinamnist") == Facts(1080, 120, 400, 5, 28)
 
 
 def test_a_wrong_md5_is_refused(tmp_path):
@@ -123,7 +123,7 @@ def test_a_wrong_md5_is_refused(tmp_path):
     write_medmnist(tmp_path, "retinamnist", (1080, 120, 400))
     settings = Settings.from_mapping(dict(experiment="x", dataset="retinamnist", data_root=str(tmp_path)))
     with pytest.raises(
-        BadInput, match="has MD5 .*, but the official file of retinamnist has bd4c0672f1bba3e3a89f0e4e876791e4"
+        BadInput, match=r"has MD5 .*, but the official file of retinamnist has bd4c0672f1bba3e3a89f0e4e876791e4"
     ):
         load_dataset(settings)
 

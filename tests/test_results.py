@@ -35,7 +35,7 @@ def experiment(settings, dataset, shift=0.0):
     settings = dataclasses.replace(settings, dataset=dataset, experiment=f"{dataset}-x", scaling_max=3)
     metrics = settings.run_folder / "metrics"
     counts = {"test": [40, 60]}
-    write_json(metrics / "data.json", dict(base_model="tiny", majority_share_test=0.6, counts=counts))
+    write_json(metrics / "data.json", dict(name=dataset, base_model="tiny", majority_share_test=0.6, counts=counts))
     for step, accuracy in enumerate((0.3, 0.5, 0.45, 0.8), start=1):
         point = dict(class_encoder_epoch=2, unet_epoch=0, num_inference_steps=50 // step, guidance_scale=1.5)
         write_json(metrics / f"after_{step}.json", dict(title=f"After {step}", point=point, images=4000, generation_seconds=100.0 / step,
@@ -68,6 +68,7 @@ def test_the_papers_lines_are_printed_as_they_are(experiments):
         assert [plain(line[f"After {k}"]) for k in (1, 2, 3, 4)] == list(paper.TABLE_1_CAS[dataset].values())
         seconds = paper.TABLE_1_SECONDS[dataset]
         assert [plain(line[c]) for c in ("time 1 (s)", "time 2, 3 (s)", "time 4 (s)")] == list(seconds.values())
+        assert line["s per image and step"] == "0.15"  # of every data set: METHOD, item 5
         line = second[(second["data set"] == title) & (second.who == "paper")].iloc[0]
         assert [plain(line[c]) for c in ("Real", *(f"x{k}" for k in range(1, 11)))] == list(
             paper.TABLE_2[dataset].values()
@@ -196,3 +197,15 @@ def test_the_picture_of_figure_1_holds_our_bars_and_the_papers():
     ]
     figure = results.draw_importances(pd.DataFrame(rows))
     assert [len(ax.patches) >= 6 for ax in figure.axes] == [True, True]
+
+
+def test_figure_1_is_averaged_over_data_sets():
+    """METHOD, item 9: the paper's means are UGS 0.58, epoch 0.37, IS 0.06, then UGS 0.69, IS 0.17, epoch 0.14."""
+    ours = [dict(who=who, search="search_1", parameter=p, importance=v) for who, shares in (("a", (0.5, 0.3, 0.2)), ("b", (0.9, 0.1, 0.0)))
+            for p, v in zip(("guidance_scale", "epoch", "num_inference_steps"), shares, strict=True)]  # fmt: skip
+    means = results.figure_1_means(pd.concat([pd.DataFrame(ours), results.figure_1([])]))
+    paper_means = means.paper.unstack()
+    assert paper_means.loc["search_1"].to_dict() == dict(epoch=0.37, guidance_scale=0.58, num_inference_steps=0.06)
+    assert paper_means.loc["search_2"].to_dict() == dict(epoch=0.14, guidance_scale=0.69, num_inference_steps=0.17)
+    row = means.loc[("search_1", "guidance_scale")]
+    assert (row.ours, row.difference, row["ours, data sets"]) == (0.7, 0.12, 2)

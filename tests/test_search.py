@@ -10,8 +10,8 @@ import pytest
 
 from sdlab import search as search_module
 from sdlab.classifier import Score
-from sdlab.images import Split
 from sdlab.evaluation import OperatingPoint
+from sdlab.images import Split
 from sdlab.run import STEPS, Run, StepState
 from sdlab.search import Ranges, final_ranges, first_ranges, open_study, run_search
 from sdlab.settings import BadInput

