@@ -47,7 +47,7 @@ class DiesAt:
     def __exit__(self, *_):
         pass
 
-    def update(self):
+    def update(self, _=1):
         self.left -= 1
         if self.left == 0:
             raise Killed
