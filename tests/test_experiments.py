@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import SMOKE
 from make_data import write_cifar, write_folder, write_medmnist
+from test_base_models import saved_as
 
 from sdlab import datasets
 from sdlab.paper import DATASETS
@@ -50,7 +51,10 @@ def test_every_parameter_file_runs_all_notebooks(name, tmp_path, monkeypatch, ba
         table = {dataset: write_medmnist(tmp_path / "data_root", dataset)}
         monkeypatch.setattr(datasets, "medmnist", functools.partial(datasets.medmnist, table=table))
     base_model = v_base_folder if dataset in ("cifar10", "bloodmnist") else base_folder
-    settings = Settings.from_file(PARAMS / f"{name}.yaml", **smoke(tmp_path, base_model))
+    if name == "cifar100":
+        base_model = saved_as(base_folder, tmp_path / "sharded", dict(variant="fp16", half=True, max_shard_size="50KB"))
+    precision = {"pathmnist": "bfloat16", "dermamnist": "float16"}.get(name, "auto")
+    settings = Settings.from_file(PARAMS / f"{name}.yaml", **smoke(tmp_path, base_model, precision=precision))
     run_all(settings, tmp_path)
     assert [step_state(settings, number).state for number in STEPS] == ["done"] * 8
     first = pd.read_csv(settings.report_folder / "table_1.csv")

@@ -120,8 +120,15 @@ def test_the_whole_method_at_full_size_on_a_cpu(folder):
     plan = plan_generation(run, base, data, point, seed=0)
     with said("four images at 2 steps with guidance, decoded"):
         pipeline = load_pipeline(run, base, point)
-        assert pipeline.class_encoder.table().shape == (11, 77, 1024) and pipeline.noise([0], 128).shape == (1, 4, 16, 16)
+        assert pipeline.class_encoder.table().shape == (11, 77, 1024) and pipeline.noise([0], 128).shape == (
+            1,
+            4,
+            16,
+            16,
+        )
         made = generate(pipeline, dataclasses.replace(plan, shard_size=4), folder / "synthetic", 4, run.progress)
     assert made.split(4).images.shape == (4, 3, 32, 32) and "unet" not in base.__dict__
-    print(f"peak {peak():.2f} GiB, {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e9:.1f} GB on disk")
+    print(
+        f"peak {peak():.2f} GiB, {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e9:.1f} GB on disk"
+    )
     assert peak() <= 20
