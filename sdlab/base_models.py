@@ -230,7 +230,10 @@ def complete(folder: Path, part: str) -> list[Path]:
     """The weight files of a part. Raises `BadInput` if one is missing that the index names."""
     _, index, weights = weight_files(files_of(folder), part)
     if index:
-        named = sorted({f"{part}/{file}" for file in config_file(folder, index).get("weight_map", {}).values()})
+        shards = set(config_file(folder, index).get("weight_map", {}).values())
+        if odd := [file for file in shards if Path(str(file)).name != file]:
+            raise BadInput(f"{index} names {odd[0]!r}: shards lie beside it.")
+        named = sorted(f"{part}/{file}" for file in shards)
         if absent := [file for file in named if not (folder / file).is_file()] or (not named and [index]):
             raise BadInput(f"{absent[0]} is missing, which {index} names.")
         weights = named

@@ -109,6 +109,9 @@ def execute(settings: Settings, step: Step) -> float:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from sdlab.kernels import ForkingKernelManager, prepare
+
+    prepare()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     started, record = time.monotonic(), record_path(settings, step.number)
     before = record.read_bytes() if record.exists() else None
@@ -122,6 +125,7 @@ def execute(settings: Settings, step: Step) -> float:
                 progress_bar=False,
                 cwd=NOTEBOOKS,
                 extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning about TCP for every kernel
+                kernel_manager_class=ForkingKernelManager,
             )
         except PapermillExecutionError as error:
             # A notebook that was refused before it opened its step leaves nothing.

@@ -102,6 +102,14 @@ def test_a_missing_shard_is_named(settings, base_folder, tmp_path):
         load_base_model(dataclasses.replace(settings, base_model=str(folder)))
 
 
+def test_an_index_that_points_elsewhere_is_refused(settings, base_folder, tmp_path):
+    folder = saved_as(base_folder, tmp_path / "other", dict(max_shard_size="100KB"))
+    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}}))
+    with pytest.raises(BadInput, match=r"names '../../secret.safetensors': shards lie beside it"):
+        load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+
+
 def test_pickled_weights_are_refused_by_name(settings, base_folder, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(base_folder, folder)

@@ -8,8 +8,10 @@ import pytest
 
 from sdlab import paper
 from sdlab.results import paper_gains
+from sdlab.settings import PROJECT_ROOT
 
 REFERENCE = Path(__file__).parent / "reference"  # as read from the paper and the authors' repositories
+SHARED = PROJECT_ROOT.parent / "shared" / "reference"
 OURS = {"ugs": "guidance_scale", "is": "num_inference_steps", "epoch": "epoch"}
 
 
@@ -29,6 +31,12 @@ def test_tables_are_those_of_the_sources():
     assert authors["effective_rank_of_class_residuals"] == paper.AUTHORS_EFFECTIVE_RANK
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the sources' own figures are not beside this checkout")
+def test_the_reference_files_are_the_sources_own():
+    for path in REFERENCE.glob("*.json"):
+        assert json.loads(path.read_text()) == json.loads((SHARED / path.name).read_text()), path.name
+
+
 def test_the_texts_ranges_follow_from_table_1():
     """+1.08 to +43.54 after step 2, up to 38 % less time, +10.45 to +46.33 after step 4."""
     found = paper_gains()
@@ -45,7 +53,7 @@ def test_a_third_of_the_data_sets_is_better_than_real():
 
 def test_generation_times_are_multiples_of_the_steps():
     """METHOD, item 5: n x IS x 0.15 s with n a tenth of the real training set, IS after 1 being 50."""
-    tenth = dict(zip(paper.DATASETS, (4000, 4000, 9000, 700, 1200, 108), strict=True))
+    tenth = paper.TABLE_1_IMAGES
     for dataset, row in paper.TABLE_1_SECONDS.items():
         assert row["after_1"] == pytest.approx(tenth[dataset] * 50 * 0.15, abs=1)
         implied = row["after_4"] / tenth[dataset] / 0.15

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from urllib.error import URLError
 
 import pytest
 import yaml
@@ -52,6 +53,22 @@ def test_bad_parameters(file, tmp_path, more, said):
     done = invoke("run", file(**more))
     assert done.exit_code == 1 and said in done.output and done.output.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["retinamnist", "cifar10"])
+def test_data_that_cannot_be_fetched_stop_a_run_before_its_first_notebook(tmp_path, monkeypatch, name):
+    """Which file, from where, into which folder."""
+
+    def no_network(url, **_):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    where = [v for n in ("data_root", "runs_root", "reports_root") for v in ("-p", n, tmp_path / n)]
+    done = invoke("run", name, *where)
+    said = {"retinamnist": "retinamnist.npz", "cifar10": "cifar-10-python.tar.gz"}[name]
+    assert done.exit_code == 1 and done.output.count("\n") == 1
+    assert f"{said} of {name} is not in {tmp_path / 'data_root'} and could not be fetched from http" in done.output
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
