@@ -10,6 +10,7 @@ import sys
 import threading
 import uuid
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
@@ -75,7 +76,7 @@ class ForkingProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs):
         """`cmd` is that of the kernel's specification: python -m ipykernel_launcher, and its arguments."""
         arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
-        self.cwd = str(kwargs.get("cwd") or os.getcwd())
+        self.cwd = str(kwargs.get("cwd") or Path.cwd())
         process = multiprocessing.get_context("forkserver").Process(
             target=become_kernel, args=(arguments, dict(kwargs["env"]), self.cwd), name="sdlab-kernel"
         )
