@@ -57,15 +57,18 @@ class BaseModel:
     tokens: int  # of encoder_hidden_states (n, tokens, width)
     variants: dict[str, str]  # part -> "" or fp16
     sha256: dict[str, str]  # of the weight files that are loaded
+    unet_dtype: torch.dtype | None = None  # of the UNet's weights, if not `dtype`
 
     @functools.cached_property
     def unet(self) -> UNet2DConditionModel:
         """Frozen, in `dtype`. Raises `BadInput` for weights that cannot be loaded."""
-        return self.load_unet(self.dtype).requires_grad_(False).eval()
+        dtype = self.unet_dtype or self.dtype
+        unet = load_part(self.folder, "unet", self.variants["unet"], dtype, self.source)
+        return unet.to(self.device).requires_grad_(False).eval()
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The base model's own UNet, loaded anew, on its device."""
-        return load_part(self.folder, "unet", self.variants["unet"], dtype, self.source).to(self.device)
+    def to_train(self) -> "BaseModel":
+        """The same base model with a UNet of its own, whose weights are float32, loaded when it is asked for."""
+        return dataclasses.replace(self, unet_dtype=torch.float32)
 
     def with_unet(self, unet: UNet2DConditionModel) -> "BaseModel":
         """The same base model with another UNet in its place."""
@@ -160,7 +163,7 @@ def base_model_folder(settings: Settings) -> tuple[Path, str]:
         return TINY, "tiny"
     folder = PROJECT_ROOT / Path(name).expanduser()
     if folder.is_dir():
-        return folder, name
+        return folder, f"{folder.resolve().name}/"  # tables and notebooks are published: no machine's path
     revision = pinned(settings)
     return from_hub(name, revision), f"{name}@{revision}"
 
@@ -188,15 +191,18 @@ def is_here(settings: Settings) -> bool:
     return cached(settings.base_model, pinned(settings)) is not None
 
 
-def cached(name: str, revision: str) -> Path | None:
-    """The folder of a snapshot that was fetched before, if it is complete."""
+def cached(name: str, revision: str, full: bool = False) -> Path | None:
+    """The folder of a snapshot that was fetched before, if it is complete; `full`: and in full precision."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if all((folder / c).is_file() for c in CONFIGS) and all(complete(folder, part) for part in PARTS):
-            return folder
+        half = any(weight_files(files_of(folder), part)[0] for part in PARTS)
+        whole = all((folder / c).is_file() for c in CONFIGS) and all(complete(folder, part) for part in PARTS)
+        return folder if whole and not (full and half) else None
+    except HFValidationError as error:
+        raise BadInput(f"`base_model` is {name!r}, which is no hub id: {first_line(error)}") from None
     except (LocalEntryNotFoundError, BadInput):
         pass
     return None
@@ -207,19 +213,28 @@ def from_hub(name: str, revision: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if folder := cached(name, revision):
+    if folder := cached(name, revision, full=True):
         return folder
+    here = cached(name, revision)  # in half precision, perhaps by another program: enough only if the hub has no more
     try:
         names = HfApi().list_repo_files(name, revision=revision)
         wanted = [*CONFIGS]
         for part in PARTS:
             _, index, weights = weight_files(names, part)
             wanted += [file for file in (index, *weights) if file]
+        if here and all((here / file).is_file() for file in wanted):
+            return here
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except BadInput as error:
         raise BadInput(f"The base model {name} at revision {revision} cannot be used: {error}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        mirror = " (its mirror: Manojb/stable-diffusion-2-base)" if name == Settings.base_model else ""
+        if here:
+            return here
+        mirror = (
+            " (its mirror is Manojb/stable-diffusion-2-base, whose commit you have to give as `base_model_revision`)"
+            if name == Settings.base_model
+            else ""
+        )
         raise BadInput(
             f"The base model {name} at revision {revision} is not on this machine and could not be fetched from the hub "
             f"({type(error).__name__}): check name{mirror} and network, or give a diffusers folder as `base_model`."

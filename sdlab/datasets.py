@@ -81,6 +81,8 @@ def check_name(settings: Settings) -> None:
     names = known_names()
     if settings.dataset in names:
         return
+    if not settings.dataset.strip():
+        raise BadInput(f"`dataset` is empty: name a folder, an npz, or one of {', '.join(names)}.")
     path = own_path(settings)
     if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
         return
@@ -91,5 +93,5 @@ def check_name(settings: Settings) -> None:
             f"`dataset` is the file {path}: a file has to be an npz in MedMNIST's layout; else give a folder."
         )
     raise BadInput(
-        f"`dataset` is {settings.dataset!r}, neither a path that exists nor a known name: known are {', '.join(names)}.{hint}"
+        f"`dataset` is {settings.dataset!r}, neither a known name nor a path that exists ({path}): known are {', '.join(names)}.{hint}"
     )

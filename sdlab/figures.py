@@ -189,12 +189,16 @@ def class_recall(cells: Mapping[str, Mapping], data: ImageDataset) -> Figure:
     return ax.figure
 
 
-def nearest_neighbours(generated: Split, real: Split, count: int = 14) -> Figure:
+def nearest_neighbours(generated: Split, real: Split, count: int = 14, chunk: int = 256) -> Figure:
     """Generated images, the closest first, above their nearest real training images (Euclidean, pixels)."""
-    flat_generated = generated.images.reshape(len(generated), -1).astype(np.float32)
     flat_real = real.images.reshape(len(real), -1).astype(np.float32)
-    squared = (flat_generated**2).sum(1)[:, None] - 2 * flat_generated @ flat_real.T + (flat_real**2).sum(1)
-    closest = squared.min(1).argsort()[:count]
+    squared_real, distance, nearest = (flat_real**2).sum(1), [], []
+    for start in range(0, len(generated), chunk):  # a whole table of distances would not fit for large sets
+        flat = generated.images[start : start + chunk].reshape(-1, flat_real.shape[1]).astype(np.float32)
+        squared = (flat**2).sum(1)[:, None] - 2 * flat @ flat_real.T + squared_real
+        distance.append(squared.min(1))
+        nearest.append(squared.argmin(1))
+    closest = np.concatenate(distance).argsort()[:count]
     return rows_of_images(
-        {"generated": generated.images[closest], "nearest real": real.images[squared[closest].argmin(1)]}
+        {"generated": generated.images[closest], "nearest real": real.images[np.concatenate(nearest)[closest]]}
     )

@@ -2,6 +2,8 @@
 
 torch, diffusers and matplotlib take about ten seconds to import. `sdlab run` pays for them once, not in each of eight
 notebooks; the kernels are otherwise ordinary ones, each in a process of its own. Nothing is computed before the fork.
+Only on Linux machines without a GPU: diffusers asks for GPUs when it is imported, and a GPU's driver, once woken, does
+not survive a fork.
 """
 
 import multiprocessing
@@ -15,7 +17,16 @@ from pathlib import Path
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
 IMPORTED = ["ipykernel.kernelapp", "sdlab.planning", "sdlab.figures", "sdlab.results", "sklearn.ensemble"]
+
+
+def kernel_manager() -> type[AsyncKernelManager]:
+    """The class of kernels for papermill: forked ones where that is safe, and the imports for them begun; else ordinary ones."""
+    if sys.platform != "linux" or any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return AsyncKernelManager
+    prepare()
+    return ForkingKernelManager
 
 
 def prepare() -> None:

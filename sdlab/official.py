@@ -11,7 +11,6 @@ import os
 import tarfile
 import tempfile
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,8 @@ def fetch(url: str, path: Path, md5: str, what: str) -> None:
                 f"{path.name} of {what} is not in {path.parent} and could not be fetched from {url} ({error}): put it there, "
                 "or set `data_root` to the folder that has it."
             ) from None
+    if not path.is_file():
+        raise BadInput(f"{path} is no file, but the official file of {what} has to be there: move it away.")
     found = md5_of(path)
     if found != md5:
         raise BadInput(
@@ -101,6 +102,7 @@ def cifar(name: str, data_root: Path, kind: Any = None, validation: int = 10_000
     if not folder.exists():
         archive = data_root / kind.filename
         fetch(kind.url, archive, kind.tgz_md5, name)
+        check_folder(data_root)
         unpack(archive, folder)
     for member, md5 in members.items():
         path = folder / member
@@ -213,7 +215,7 @@ def read_npz(path: Path) -> dict[str, Split]:
                 splits[s] = Split(*as_split(images, labels))
     except BadInput:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged or hostile file makes zip, zlib, numpy or its header's parser raise
         raise BadInput(f"{path} cannot be read as npz ({type(error).__name__}: {error}): {layout}.") from None
     sizes = {split.images.shape[2:] for split in splits.values()}
     if len(sizes) > 1 or len(set(*sizes)) > 1:

@@ -1,8 +1,8 @@
 """Your own images: a folder with one subfolder a class, or an npz in MedMNIST's layout -> `ImageDataset`."""
 
+import csv
 import hashlib
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,10 @@ from PIL import Image, ImageOps
 from sdlab.images import ImageDataset, Split
 from sdlab.official import read_npz
 from sdlab.run import Progress, sha256_of_json, written_beside
-from sdlab.settings import BadInput, Settings
+from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LAYOUT = "it needs one subfolder a class with its images, if you like below train/, val/ and test/"
-READ_WIDTH = 8192  # pixels a side: larger files are taken for bombs
 
 
 # --------------------------------------------------------------------------------------------------- one image
@@ -39,12 +38,12 @@ def read_picture(path: Path, size: int) -> Picture:
 
     Transparent pixels become white, 16 bits are scaled to 8 over their whole range. Raises whatever Pillow raises.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as opened:
-            traits = ["has several frames, of which the first is used"] if getattr(opened, "n_frames", 1) > 1 else []
-            image = ImageOps.exif_transpose(opened)
-            image.load()
+    with Image.open(path) as opened:
+        if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself would only warn
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
+        traits = ["has several frames, of which the first is used"] if getattr(opened, "n_frames", 1) > 1 else []
+        image = ImageOps.exif_transpose(opened)
+        image.load()
     if image.mode.startswith("I"):
         traits.append("has 16-bit pixels, scaled from 0 ... 65535 to 0 ... 255")
     rgb = to_rgb(image)
@@ -81,7 +80,7 @@ class Listing:
 
     folder: Path
     files: tuple[tuple[str, str, str], ...]
-    others: tuple[str, ...]  # files whose names are not those of images
+    others: tuple[str, ...]  # files whose names are not those of images, and images outside any class
 
     def key(self, *more) -> str:
         """Changes whenever a file is added, removed or written."""
@@ -101,6 +100,8 @@ def list_folder(folder: Path) -> Listing:
     images, others = [], []
     suffixes = Image.registered_extensions()
     for above, split in [(path, SPLITS[path.name.lower()]) for path in splits] or [(folder, "")]:
+        loose = sorted(path for path in {*folder.iterdir(), *above.iterdir()} if path.suffix.lower() in suffixes)
+        others += [f"{path.relative_to(folder).as_posix()} (in no class)" for path in loose]
         for of_class in subfolders(above):
             for path in sorted(p for p in of_class.rglob("*") if p.is_file() and not p.name.startswith(".")):
                 name = path.relative_to(folder).as_posix()
@@ -109,10 +110,10 @@ def list_folder(folder: Path) -> Listing:
                 else:
                     others.append(name)
     if not images:
-        loose = sum(path.suffix.lower() in suffixes for path in folder.iterdir())
+        loose = sum(name.endswith("(in no class)") for name in others)
         found = f"{loose} images without a class" if loose else f"{len(others)} files, none of them an image"
         raise BadInput(f"{folder} has {found}: {LAYOUT}.")
-    return Listing(folder, tuple(images), tuple(others))
+    return Listing(folder, tuple(images), tuple(dict.fromkeys(others)))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -152,7 +153,7 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
         try:
             return read_picture(listing.folder / entry[0], settings.image_size)
         except Exception as error:  # whatever a damaged or hostile file makes a decoder raise
-            return f"{entry[0]} ({first_words(error)})"
+            return f"{entry[0]} ({first_words(error, listing.folder)})"
 
     with Progress(None, len(listing.files), "read images", "img") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for entry, read in zip(listing.files, pool.map(attempt, listing.files), strict=True):
@@ -167,7 +168,7 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
         raise BadInput(
             f"{len(unreadable)} of the {len(listing.files)} images in {listing.folder} cannot be read, as {unreadable[0]}: repair or remove them."
         )
-    check_classes(listing, list(pictures))
+    check_classes(listing, pictures)
     files = assign_splits(pictures, settings)
     remarks = []
     if unreadable:
@@ -178,8 +179,9 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
     return np.stack([pictures[entry].pixels for entry in pictures]), files, remarks
 
 
-def check_classes(listing: Listing, entries: list) -> None:
+def check_classes(listing: Listing, pictures: dict) -> None:
     """Raises `BadInput` for fewer than two classes, or a class that cannot be learned or judged."""
+    entries = list(pictures)
     classes = sorted({c for _, c, _ in entries})
     if len(classes) < 2:
         raise BadInput(
@@ -193,18 +195,18 @@ def check_classes(listing: Listing, entries: list) -> None:
         if given != {""} and "train" not in splits:
             raise BadInput(f"The class `{name}` of {listing.folder} has images in {splits[0]}/, but none in train/.")
         wanted = 1 + ("val" not in given) + ("test" not in given)
-        have = splits.count("train") + splits.count("")
+        have = len({pictures[e].digest for e in entries if e[1] == name and e[2] in ("train", "")})
         if have < wanted:
             raise BadInput(
-                f"The class `{name}` of {listing.folder} has {have} readable training images: at least {wanted} are needed, one for each "
-                "split that has to be made of them; a class of fewer than about 50 is rarely learned."
+                f"The class `{name}` of {listing.folder} has {have} different readable training images: at least {wanted} are needed, "
+                "one for each split that has to be made of them; a class of fewer than about 50 is rarely learned."
             )
 
 
 def assign_splits(pictures: dict, settings: Settings) -> list[tuple[str, str, str]]:
     """(file, class, split) in the order of `pictures`: splits that stand in the folder stay, the others are drawn.
 
-    Drawn class by class (stratified), with a fixed seed, and equal images together, so that none crosses.
+    Drawn class by class (stratified), with a fixed seed, and equal images of a class together, so that none crosses.
     """
     given = {s for _, _, s in pictures}
     drawn = [("val", settings.val_share), ("test", settings.test_share)]
@@ -229,8 +231,10 @@ def shortened(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + more
 
 
-def first_words(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+def first_words(error: Exception, folder: Path) -> str:
+    """Of an error's message, without the machine's path in it."""
+    text = str(error).replace(f"{folder}/", "").strip()
+    return (text.splitlines() or [type(error).__name__])[0][:100]
 
 
 # ------------------------------------------------------------------------------------- kept in the run's folder
@@ -253,15 +257,9 @@ def keep_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
         np.savez(
             file, images=images, files=np.array(dataset.files), remarks=np.array(dataset.remarks, "U"), made_from=key
         )
-    with written_beside(splits) as beside:
-        beside.write_text(
-            "\n".join(["file,class,split", *(",".join(map(quoted, f)) for f in dataset.files)]) + "\n", encoding="utf-8"
-        )
+    with written_beside(splits) as beside, beside.open("w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("file", "class", "split"), *dataset.files])
     return [path, splits]
-
-
-def quoted(text: str) -> str:
-    return f'"{text}"' if "," in text else text
 
 
 def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[str]] | None:
@@ -269,10 +267,16 @@ def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[st
     path = images_file(settings)
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as kept:
-        if str(kept["made_from"]) != key:
-            return None
-        return kept["images"], [tuple(map(str, row)) for row in kept["files"]], list(map(str, kept["remarks"]))
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["made_from"]) != key:
+                return None
+            files = [tuple(map(str, row)) for row in kept["files"]]
+            return kept["images"], files, list(map(str, kept["remarks"]))
+    except Exception:  # whatever a damaged file makes zip, zlib or numpy raise
+        raise BadInput(
+            f"{path} is damaged: move it away, and the images are read from {own_path(settings)} again."
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------- entry points
@@ -280,8 +284,6 @@ def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[st
 
 def own_path(settings: Settings) -> Path:
     """Where `dataset` points, if it is a path: relative to the project, or absolute."""
-    from sdlab.settings import PROJECT_ROOT
-
     return PROJECT_ROOT / Path(settings.dataset).expanduser()
 
 

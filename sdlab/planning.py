@@ -6,6 +6,7 @@ weights need not be here: of the base models that the README names, the configs 
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -26,12 +27,14 @@ from sdlab.classifier import Recipe, predict, train_classifier
 from sdlab.evaluation import OperatingPoint
 from sdlab.images import Facts, Split
 from sdlab.pipeline import DECODE_BATCH
+from sdlab.results import planned_settings
 from sdlab.run import STEPS, read_json, read_record
 from sdlab.search import first_ranges, new_pruner, study_name
-from sdlab.settings import Settings
+from sdlab.settings import BadInput, Settings
 from sdlab.training import noise_loss
 
-SECONDS = 0.7  # a measurement grows its batch until one call takes so long
+SECONDS = 0.7  # a measurement grows its batch until one call takes so long,
+FEW = 8  # but at least to this: smaller ones say little of larger ones
 GB = 1e9
 
 
@@ -47,8 +50,10 @@ class Work:
     encoded: int = 0
     class_encoder_steps: int = 0
     unet_steps: int = 0
-    classifier_images: float = 0  # seen in training, each time counted
-    classifier_checks: float = 0  # images judged
+    searched_images: float = 0  # seen by trials' classifiers in training, each time counted
+    searched_checks: float = 0  # judged by them
+    classifier_images: float = 0  # the same of the cells' and finalists' classifiers
+    classifier_checks: float = 0
 
     @property
     def steps(self) -> int:
@@ -74,33 +79,28 @@ def workload(settings: Settings, facts: Facts, most: bool = False, pruning: bool
     steps["search_2"] = middle((min(s.search_min_steps, steps["optimum_1"]), steps["optimum_1"]), most)
     steps["optimum_2"] = optimum_2.num_inference_steps if optimum_2 else steps["search_2"]
 
-    def cell(images: float, is_: float, seeds: int, generated: float | None = None, searching: bool = False) -> Work:
-        """One set generated and judged by `seeds` classifiers."""
-        made = images if generated is None else generated
-        return Work(images=made, passes=2 * made * is_) + judged(s, facts, images, seeds, searching)
+    def made(images: float, is_: float) -> Work:
+        return Work(images=images, passes=2 * images * is_)
 
     def search(name: str, trials: int) -> Work:
         unpruned = [Counter(dict.fromkeys(s.rungs(), trials))]
         visits = simulated(s, name, trials) if pruning and not most else unpruned
         total = Work()
         for visit in visits:
-            last = 0
-            for rung in s.rungs():
-                total += cell(rung, steps[name], s.search_classifier_seeds, rung - last, True) * (
-                    visit[rung] / len(visits)
-                )
-                last = rung
+            for last, rung in itertools.pairwise([0, *s.rungs()]):
+                trial = made(rung - last, steps[name]) + judged(s, facts, rung, trial=True)
+                total += trial * (visit[rung] / len(visits))
         if s.search_finalists > 1:
-            finalists = s.search_finalists + (name == "search_2")
-            total += cell(s.search_images, steps[name], s.classifier_seeds, searching=True) * finalists
+            finalist = made(s.search_images, steps[name]) + judged(s, facts, s.search_images, finalist=True)
+            total += finalist * (s.search_finalists + (name == "search_2"))
         return total
 
     default = s.default_num_inference_steps
-    after = {n: cell(s.search_images, i, s.classifier_seeds) for n, i in (
+    after = {n: made(s.search_images, i) + judged(s, facts, s.search_images) for n, i in (
         ("01", default), ("02", steps["optimum_1"]), ("03", steps["optimum_1"]), ("04", steps["optimum_2"]))}  # fmt: skip
-    scaled = judged(s, facts, facts.train, s.classifier_seeds)
+    scaled = judged(s, facts, facts.train)
     for k in range(1, s.scaling_max + 1):
-        scaled += judged(s, facts, k * facts.train, s.classifier_seeds)
+        scaled += judged(s, facts, k * facts.train)
     pool = s.scaling_max * facts.train
     per_epoch = math.ceil(facts.train / s.class_encoder_batch_size), math.ceil(facts.train / s.unet_batch_size)
     return {
@@ -108,15 +108,21 @@ def workload(settings: Settings, facts: Facts, most: bool = False, pruning: bool
         "02": after["02"] + search("search_1", s.search_1_trials),
         "03": after["03"] + Work(unet_steps=s.unet_epochs * per_epoch[1]),
         "04": after["04"] + search("search_2", s.search_2_trials),
-        "05": scaled + Work(images=pool, passes=2 * pool * steps["optimum_2"]),
+        "05": scaled + made(pool, steps["optimum_2"]),
     }
 
 
-def judged(s: Settings, facts: Facts, images: float, seeds: int, searching: bool = False) -> Work:
-    """`seeds` classifiers trained on so many images, to their last epoch."""
-    seen = s.classifier_steps * s.classifier_batch_size if s.classifier_steps else s.classifier_epochs * images
-    checks = s.classifier_epochs * facts.val + facts.val + (0 if searching else facts.test)
-    return Work(classifier_images=seeds * seen, classifier_checks=seeds * checks)
+def judged(s: Settings, facts: Facts, images: float, trial: bool = False, finalist: bool = False) -> Work:
+    """A set's classifiers, trained to their last epoch: those of a cell, a finalist or a trial."""
+    seeds = s.search_classifier_seeds if trial else s.classifier_seeds
+    deciding = {"sealed": facts.val, "paper": facts.test}[s.protocol]
+    seen = seeds * (
+        s.classifier_steps * s.classifier_batch_size if s.classifier_steps else s.classifier_epochs * images
+    )
+    read = seeds * (s.classifier_epochs * facts.val + (deciding if trial or finalist else facts.val + facts.test))
+    if trial:
+        return Work(searched_images=seen, searched_checks=read)
+    return Work(classifier_images=seen, classifier_checks=read)
 
 
 def middle(bounds: tuple[int, int], most: bool) -> float:
@@ -166,8 +172,8 @@ class Costs:
     seconds_per_encoding: float
     seconds_per_class_encoder_step: float
     seconds_per_unet_step: float
-    seconds_per_classifier_image: float
-    seconds_per_check: float
+    searching: tuple[float, float]  # seconds of a trial's classifier: an image once in training, an image judged
+    judging: tuple[float, float]  # of a cell's
     generating_bytes: float
     class_encoder_bytes: float
     unet_bytes: float
@@ -211,17 +217,41 @@ def status_bytes(name: str) -> float:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), math.nan)
 
 
-def timed(work: Callable[[int], object], most: int, device: torch.device) -> tuple[float, float]:
-    """Seconds and peak bytes of one item: `work(batch)` at growing batches, until a call takes long or at `most`."""
-    batch = 1
-    work(batch)  # warm
+@dataclass(frozen=True)
+class Timing:
+    """Seconds an item in a batch, and memory as a line: so much whatever the batch, so much more an item."""
+
+    seconds: float
+    fixed_bytes: float
+    bytes_per_item: float
+
+    def bytes(self, batch: int) -> float:
+        return self.fixed_bytes + batch * self.bytes_per_item
+
+
+def timed(work: Callable[[int], object], most: int, device: torch.device) -> Timing:
+    """`work(batch)` at growing batches: at least to FEW, then until a call takes long, memory runs out, or at `most`."""
+    batch, seen = 1, []
     while True:
-        with Meter(device) as meter:
-            seconds = clocked(work, batch, device)
-        if seconds > SECONDS or batch >= most:
-            again = clocked(work, batch, device) if seconds < 5 else seconds  # other work on the machine only adds
-            return min(seconds, again) / batch, meter.bytes / batch
-        batch = min(most, batch * max(2, min(8, int(SECONDS / max(seconds, 1e-4) / 2))))
+        try:
+            if not seen:
+                work(batch)  # warm
+            with Meter(device) as meter:
+                seconds = clocked(work, batch, device)
+        except torch.OutOfMemoryError:  # what fitted says enough; the plan's memory will tell that the whole does not
+            break
+        seen.append((batch, seconds, meter.bytes))
+        if batch >= most or (batch >= FEW and seconds > SECONDS):
+            break
+        faster = int(SECONDS / max(seconds, 1e-4) / 2)
+        batch = min(most, FEW if batch < FEW else batch * max(2, min(8, faster)))
+    if not seen:
+        raise BadInput(f"Not even one image fits into the memory of {device}: choose another `device` or `base_model`.")
+    batch, seconds, most_bytes = seen[-1]
+    if seconds < 2 * SECONDS:
+        seconds = min(seconds, clocked(work, batch, device))  # other work on the machine only adds
+    per_item = max(most_bytes - seen[0][2], 0) / max(batch - 1, 1)
+    return Timing(seconds / batch, max(most_bytes - batch * per_item, 0), per_item)
 
 
 def clocked(work: Callable[[int], object], batch: int, device: torch.device) -> float:
@@ -266,40 +296,39 @@ def measure(settings: Settings, facts: Facts, base: BaseModel) -> Costs:
         loss = noise_loss(trained, scheduler, noise, noise, timesteps(count), states)
         loss.backward()
 
-    pass_, pass_bytes = timed(denoise, 2 * s.shard_size, device)
+    denoising = timed(denoise, 2 * s.shard_size, device)
     held = Meter(device).now()  # weights, and on a CPU Python and its libraries
-    decoding, decode_bytes = timed(decode, min(DECODE_BATCH, s.shard_size), device)
-    encoding, _ = timed(encode, 64, device)
-    ce, ce_bytes = timed(lambda n: train(base, n, conditions(n)), s.class_encoder_batch_size, device)
+    decoding = timed(decode, min(DECODE_BATCH, s.shard_size), device)
+    encoding = timed(encode, 64, device)
+    conditioning = timed(lambda n: train(base, n, conditions(n)), s.class_encoder_batch_size, device)
     encoder.requires_grad_(False)
     fresh = base if base.dtype == torch.float32 else base.with_unet(copy_of(unet))
     fresh.unet.requires_grad_(True).train()
     states = conditions(1)
     try:
-        ft, ft_bytes = timed(lambda n: train(fresh, n, states.expand(n, -1, -1)), s.unet_batch_size, device)
+        tuning = timed(lambda n: train(fresh, n, states.expand(n, -1, -1)), s.unet_batch_size, device)
     finally:
         for parameter in fresh.unet.parameters():
             parameter.grad = None
         fresh.unet.requires_grad_(False).eval()
     adam = seconds_per_adam_parameter(device)
-    image, check = classifier_costs(s, facts, device)
     numbers, encoders = unet.num_parameters(), encoder.num_parameters()
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
     )
     return Costs(
         device=f"{name}, {str(base.dtype).removeprefix('torch.')}",
-        seconds_per_pass=pass_,
-        seconds_per_decoding=decoding,
-        seconds_per_encoding=encoding,
-        seconds_per_class_encoder_step=ce * s.class_encoder_batch_size + adam * encoders,
-        seconds_per_unet_step=ft * s.unet_batch_size + adam * numbers,
-        seconds_per_classifier_image=image,
-        seconds_per_check=check,
-        generating_bytes=held + max(2 * s.shard_size * pass_bytes, min(DECODE_BATCH, s.shard_size) * decode_bytes),
-        class_encoder_bytes=held + s.class_encoder_batch_size * ce_bytes + 16 * encoders,
+        seconds_per_pass=denoising.seconds,
+        seconds_per_decoding=decoding.seconds,
+        seconds_per_encoding=encoding.seconds,
+        seconds_per_class_encoder_step=conditioning.seconds * s.class_encoder_batch_size + adam * encoders,
+        seconds_per_unet_step=tuning.seconds * s.unet_batch_size + adam * numbers,
+        searching=classifier_costs(s, facts, s.search_classifier_seeds, device),
+        judging=classifier_costs(s, facts, s.classifier_seeds, device),
+        generating_bytes=held + max(denoising.bytes(2 * s.shard_size), decoding.bytes(min(DECODE_BATCH, s.shard_size))),
+        class_encoder_bytes=held + conditioning.bytes(s.class_encoder_batch_size) + 16 * encoders,
         # Fine-tuning has no frozen UNet beside it: float32 weights, gradients, and two moments each.
-        unet_bytes=held - unet.dtype.itemsize * numbers + 16 * numbers + s.unet_batch_size * ft_bytes,
+        unet_bytes=held - unet.dtype.itemsize * numbers + 16 * numbers + tuning.bytes(s.unet_batch_size),
         unet_parameters=numbers,
         encoder_parameters=encoders,
         table_numbers=(facts.num_classes + 1) * base.tokens * base.width,
@@ -318,27 +347,31 @@ def seconds_per_adam_parameter(device: torch.device) -> float:
     weights = torch.nn.Parameter(torch.zeros(4_000_000, device=device))
     optimizer = torch.optim.AdamW([weights], fused=True)
     weights.grad = torch.zeros_like(weights)
-    return timed(lambda n: [optimizer.step() for _ in range(n)], 20, device)[0] / len(weights)
+    return timed(lambda n: [optimizer.step() for _ in range(n)], 20, device).seconds / len(weights)
 
 
-def classifier_costs(s: Settings, facts: Facts, device: torch.device) -> tuple[float, float]:
-    """Seconds of training on one image once, and of judging one, with as many classifiers at once as the cells train."""
+def classifier_costs(s: Settings, facts: Facts, seeds: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of training one classifier on one image once, and of its judging one, where `seeds` are trained as `judge` does.
+
+    On a CPU as many at once as torch has threads, which they share, in as many rounds as it takes.
+    """
     threads = torch.get_num_threads()
-    workers = min(s.classifier_seeds, threads) if device.type == "cpu" else 1
+    workers = min(seeds, threads) if device.type == "cpu" else 1
     tiny, recipe = random_split(8, s.image_size), dataclasses.replace(Recipe.of(s), epochs=1, steps=1)
 
     def fit(count):
         once = dataclasses.replace(recipe, batch_size=count)
         return train_classifier(random_split(count, s.image_size), tiny, facts.num_classes, once, 0, device).model
 
-    model = fit(8)
     torch.set_num_threads(threads // workers)
     try:
-        training, _ = timed(fit, s.classifier_batch_size, device)
-        judging, _ = timed(lambda count: predict(model, random_split(count, s.image_size)), 1024, device)
+        model = fit(8)
+        training = timed(fit, s.classifier_batch_size, device).seconds
+        judging = timed(lambda count: predict(model, random_split(count, s.image_size)), 1024, device).seconds
     finally:
         torch.set_num_threads(threads)
-    return training / workers, judging / workers
+    rounds = math.ceil(seeds / workers) / seeds
+    return training * rounds, judging * rounds
 
 
 def random_split(count: int, size: int) -> Split:
@@ -349,13 +382,14 @@ def random_split(count: int, size: int) -> Split:
 # ----------------------------------------------------------------------------------------------------- the plan
 
 
-def make_plan(settings: Settings, facts: Facts) -> dict:
+def make_plan(settings: Settings, facts: Facts, base: BaseModel | None = None) -> dict:
     """The plan as plain data: a row a notebook, the sums, what it rests on, and warnings.
 
-    Raises `BadInput` for a base model of which not even the size is known here.
+    `base` is the base model if it is loaded already. Raises `BadInput` for one of which not even the size is known here.
     """
-    here = is_here(settings)
-    base = load_base_model(settings) if here else unloaded(settings)
+    here = base is not None or is_here(settings)
+    if base is None:
+        base = load_base_model(settings) if here else unloaded(settings)
     costs = measure(settings, facts, base)
     expected, most = workload(settings, facts), workload(settings, facts, most=True)
     unpruned = workload(settings, facts, pruning=False)
@@ -373,7 +407,9 @@ def make_plan(settings: Settings, facts: Facts) -> dict:
         )
         for number, work in expected.items()
     }
+    fetched = 0.0 if here else (4 * costs.unet_parameters + 4 * base.vae.num_parameters()) / GB
     made = dict(
+        settings=planned_settings(settings),
         experiment=settings.experiment,
         base_model=settings.base_model,
         base_model_is_here=here,
@@ -385,7 +421,8 @@ def make_plan(settings: Settings, facts: Facts) -> dict:
         hours=sum(row["hours"] for row in rows.values()),
         hours_at_most=sum(row["hours_at_most"] for row in rows.values()),
         disk_gb=sum(row["disk_gb"] for row in rows.values()),
-        disk_peak_gb=sum(row["disk_gb"] for row in rows.values()) + 12 * costs.unet_parameters / GB,
+        disk_peak_gb=sum(row["disk_gb"] for row in rows.values()) + 12 * costs.unet_parameters / GB + fetched,
+        fetched_gb=fetched,
         memory_gb=max(row["memory_gb"] for row in rows.values()),
         costs=dataclasses.asdict(costs),
     )
@@ -399,8 +436,10 @@ def seconds(work: Work, c: Costs) -> float:
         + work.encoded * c.seconds_per_encoding
         + work.class_encoder_steps * c.seconds_per_class_encoder_step
         + work.unet_steps * c.seconds_per_unet_step
-        + work.classifier_images * c.seconds_per_classifier_image
-        + work.classifier_checks * c.seconds_per_check
+        + work.searched_images * c.searching[0]
+        + work.searched_checks * c.searching[1]
+        + work.classifier_images * c.judging[0]
+        + work.classifier_checks * c.judging[1]
     )
 
 
@@ -432,7 +471,7 @@ def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
             "or train fewer `unet_epochs`."
         )
     if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0] / GB
+        memory = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GB  # ours is ours to use
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     if made["memory_gb"] > memory:

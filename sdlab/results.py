@@ -4,6 +4,7 @@ Numbers travel as tidy data frames (a row a cell); only the last step makes text
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ class Experiment:
 
     @property
     def dataset(self) -> str:
-        """Its name: of one of your own, the folder's or file's."""
-        return self.metrics("data")["name"]
+        """The data set's name: of your own the folder's or file's, which must not pass for one of the paper's."""
+        name = self.metrics("data")["name"]
+        return f"{name} (own)" if name in paper.DATASETS and self.settings.dataset != name else name
 
     @property
     def title(self) -> str:
@@ -89,7 +91,7 @@ def cell_row(experiment: Experiment, name: str, column: str, extra: Mapping) -> 
     kept, data = experiment.metrics(name), experiment.metrics("data")
     test, published = kept["test"], extra.pop("paper")
     return dict(
-        dataset=data["name"],
+        dataset=experiment.dataset,
         experiment=experiment.settings.experiment,
         protocol=experiment.settings.protocol,
         base_model=data["base_model"],
@@ -281,13 +283,14 @@ def table_2_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
 
 
 def to_markdown(text: pd.DataFrame) -> str:
-    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in text.to_numpy().tolist()]
+    lines = [list(text.columns), ["---"] * len(text.columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def to_latex(text: pd.DataFrame) -> str:
     columns = "ll" + "r" * (len(text.columns) - 2)
-    escaped = [[str(cell).replace("%", r"\%").replace("_", r"\_") for cell in row] for row in text.to_numpy().tolist()]
+    escaped = [[re.sub(r"[%_#&]", r"\\\g<0>", str(cell)) for cell in row] for row in text.to_numpy().tolist()]
     body = [" & ".join(row) + r" \\" for row in [list(text.columns), *escaped]]
     return "\n".join(
         [
@@ -320,8 +323,8 @@ def notes(experiments: list[Experiment]) -> list[str]:
             f"{100 * data['majority_share_test']:.1f} %; classifier images {s.image_size} px."
         )
         lines.append(chosen_sentence(experiment))
-        cuts = ", ".join(f"`{name}` {value} ({default})" for name, (value, default) in s.deviations().items())
-        lines.append(f"{s.experiment}: settings that differ from the paper's, which are in brackets: {cuts}.")
+        if cuts := ", ".join(f"`{name}` {value} ({default})" for name, (value, default) in s.deviations().items()):
+            lines.append(f"{s.experiment}: settings that differ from the paper's, which are in brackets: {cuts}.")
     return lines
 
 
@@ -371,17 +374,22 @@ def kept_plan(settings: Settings) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
+def planned_settings(settings: Settings) -> dict:
+    """What a plan depends on: all but where files lie."""
+    return {k: v for k, v in settings.as_dict().items() if not k.endswith("_root") and k != "storage"}
+
+
 def actual(settings: Settings) -> dict[str, dict]:
     """What finished notebooks took, by number: hours, gigabytes left on disk, peak memory in gigabytes."""
     found, before = {}, 0
     for number in STEPS:
         record = read_record(settings, number)
-        if record is None or not record["finished"]:
+        measured = (record or {}).get("measured")
+        if measured is None or not record["finished"]:
             break
-        measured = record["measured"]
         found[number] = dict(
             hours=record["seconds"] / 3600,
-            disk_gb=(measured["folder_bytes"] - before) / 1e9,
+            disk_gb=max(measured["folder_bytes"] - before, 0) / 1e9,
             memory_gb=measured["peak_memory_bytes"] / 1e9,
         )
         before = measured["folder_bytes"]
@@ -434,6 +442,8 @@ def duration(hours: float) -> str:
 
 
 def size(gigabytes: float) -> str:
+    if math.isnan(gigabytes):
+        return "unknown"
     return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.0f} MB"
 
 
@@ -445,7 +455,12 @@ def plan_sentences(plan: Mapping) -> list[str]:
         f"{plan['base_model']} (UNet of {plan['unet_parameters']:,} parameters){weights}.",
         "Time: steps (IS) in the middle of their range and trials pruned as the search's pruner prunes random ones; at most: the highest "
         "IS, nothing pruned. The classifiers run to their last epoch. Imports are not counted (about ten seconds a notebook).",
-        f"Disk: {size(plan['disk_peak_gb'])} at the peak, while a resume state is written beside the last one.",
+        f"Disk: {size(plan['disk_peak_gb'])} at the peak, while a resume state is written beside the last one"
+        + (
+            f", and with the base model's weights ({size(plan['fetched_gb'])}, to be fetched)."
+            if plan["fetched_gb"]
+            else "."
+        ),
         *(f"WARNING {warning}" for warning in plan["warnings"]),
     ]
 

@@ -111,8 +111,10 @@ def now() -> str:
 def peak_memory() -> int:
     """The most bytes this process has held so far: of the GPU where torch has used one, else of RAM."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+    if torch is not None and torch.cuda.is_available():
+        used = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+        if used:
+            return used
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -372,11 +374,19 @@ class Run:
             begun=before["begun"] if before else now(),
             opened=f"{now()} by process {os.getpid()}",
             finished=None,
-            seconds=before["seconds"] if before else 0.0,
+            seconds=before["seconds"] + self.lost_seconds(before) if before else 0.0,
+            opened_at=time.time(),
             versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
         write_json(record_path(self.settings, self.step.number), self.record)
         return True
+
+    def lost_seconds(self, before: dict) -> float:
+        """How long an attempt was at work that did not finish: until it last said how far it was."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            said = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
+            return round(max(said["time"] - before["opened_at"], 0.0), 1)
+        return 0.0
 
     def finish(self, *outputs: Path) -> None:
         """Record the step as finished with these files and folders (all files below them), and let the folder go.

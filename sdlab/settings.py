@@ -270,7 +270,8 @@ class Settings:
     def deviations(self) -> dict[str, tuple[Any, Any]]:
         """What differs from the paper: name -> (value, the paper's)."""
         fields = [f for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING and f.metadata["steps"]]
-        return {f.name: (getattr(self, f.name), f.default) for f in fields if getattr(self, f.name) != f.default}
+        papers = {f.name: f.default for f in fields} | {"protocol": "paper"}  # the one default that is not the paper's
+        return {name: (getattr(self, name), value) for name, value in papers.items() if getattr(self, name) != value}
 
     def rungs(self) -> list[int]:
         """Numbers of images at which a trial is scored, lowest first, the last being `search_images`."""

@@ -73,13 +73,13 @@ def train(
     Raises:
         BadInput: the folder holds a training with another plan or other inputs, or the loss became NaN or infinite.
     """
-    trained = {"class_encoder": class_encoder, "unet": base.unet}[plan.part]
-    frozen = {"class_encoder": base.unet, "unet": class_encoder}[plan.part]
     lineage = sha256_of_json([plan.__dict__, made_from, len(moments)])
     history = kept_history(folder, lineage)
     if len(history) == plan.epochs and all(intact(epoch_folder(folder, e + 1)) for e in range(plan.epochs)):
         return history
 
+    trained = {"class_encoder": class_encoder, "unet": base.unet}[plan.part]
+    frozen = {"class_encoder": base.unet, "unet": class_encoder}[plan.part]
     frozen.requires_grad_(False).eval()
     trained.requires_grad_(True).train()
     device, scheduler = base.device, base.noise_scheduler()
@@ -193,8 +193,7 @@ def fine_tune_unet(
     encoders = run.folder / "class_encoder"
     table = load_checkpoint(ClassTable, encoders, class_encoder_epoch, base.device)
     made_from = [data.fingerprint(), base.sha256, checkpoint_sha(encoders, class_encoder_epoch)]
-    fresh = base.with_unet(base.load_unet(torch.float32))
-    return train(plan, fresh, table, moments, data.train.labels, run.folder / "unet", made_from, run.progress)
+    return train(plan, base.to_train(), table, moments, data.train.labels, run.folder / "unet", made_from, run.progress)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

@@ -17,7 +17,15 @@ import yaml
 from tqdm import tqdm
 
 from sdlab.datasets import dataset_facts, fetch_dataset
-from sdlab.results import actual, kept_plan, plan_sentences, plan_table, tables_are_current, to_markdown
+from sdlab.results import (
+    actual,
+    kept_plan,
+    plan_sentences,
+    plan_table,
+    planned_settings,
+    tables_are_current,
+    to_markdown,
+)
 from sdlab.run import STEPS, Lock, Step, check_step, record_path, step_state
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
 
@@ -81,6 +89,7 @@ def run(settings: Settings, until: str) -> None:
     if until not in STEPS:
         raise BadInput(f"`--until` is {until!r}: notebooks are {', '.join(STEPS)}.")
     fetch_dataset(settings)
+    fetch_base_model(settings)
     os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
     name = hashlib.sha256(str(settings.run_folder).encode()).hexdigest()[:16]
     # Not in the run's folder, where a run that is refused may leave nothing.
@@ -103,15 +112,23 @@ def run(settings: Settings, until: str) -> None:
     click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
 
 
+def fetch_base_model(settings: Settings) -> None:
+    """Fetch a hub's base model with the hub's own bars, before any notebook starts."""
+    name = settings.base_model
+    if name != "tiny" and not (PROJECT_ROOT / Path(name).expanduser()).is_dir():
+        from sdlab.base_models import base_model_folder  # torch and diffusers are slow to import
+
+        base_model_folder(settings)
+
+
 def execute(settings: Settings, step: Step) -> float:
     """One notebook through papermill, its progress shown here. Returns seconds. Raises `BadInput` on its failure."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from sdlab.kernels import ForkingKernelManager, prepare
+    from sdlab.kernels import kernel_manager
 
-    prepare()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     started, record = time.monotonic(), record_path(settings, step.number)
     before = record.read_bytes() if record.exists() else None
@@ -125,7 +142,7 @@ def execute(settings: Settings, step: Step) -> float:
                 progress_bar=False,
                 cwd=NOTEBOOKS,
                 extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning about TCP for every kernel
-                kernel_manager_class=ForkingKernelManager,
+                kernel_manager_class=kernel_manager(),
             )
         except PapermillExecutionError as error:
             # A notebook that was refused before it opened its step leaves nothing.
@@ -288,12 +305,16 @@ def plan(settings: Settings, again: bool) -> None:
     Times a few real steps, and fetches nothing.
     """
     made, took = kept_plan(settings), actual(settings)
+    if made is not None and made["settings"] != planned_settings(settings):
+        made, took = None, {}  # of other settings: neither the plan nor what was taken is of this experiment
     if again or made is None:
         facts = dataset_facts(settings)
         click.echo("Timing a few steps ...", err=True)
         from sdlab.planning import make_plan  # torch and diffusers are slow to import
 
         made = make_plan(settings, facts)
+    else:
+        click.echo("The plan that the first notebook made (--again times anew):\n")
     first, *sentences = plan_sentences(made)
     click.echo(f"{first}\n")
     click.echo(plain_table(to_markdown(plan_table(made, took))))

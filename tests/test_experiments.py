@@ -1,5 +1,6 @@
 """Every parameter file through all eight notebooks at smoke depth, on small files in the true formats and small SD-shaped models."""
 
+import dataclasses
 import functools
 import logging
 
@@ -13,7 +14,9 @@ from make_data import write_cifar, write_folder, write_medmnist
 from test_base_models import saved_as
 
 from sdlab import datasets
+from sdlab.datasets import dataset_facts
 from sdlab.paper import DATASETS
+from sdlab.planning import workload
 from sdlab.run import STEPS, read_json, step_state
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
 
@@ -27,9 +30,9 @@ def smoke(tmp_path, base_model, **more) -> dict:
     return depth | where | dict(base_model=str(base_model), base_image_size=16) | more
 
 
-def run_all(settings: Settings, tmp_path) -> None:
+def run_all(settings: Settings, tmp_path, until: str = "07") -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    for step in STEPS.values():
+    for step in (step for step in STEPS.values() if step.number <= until):
         papermill.execute_notebook(
             NOTEBOOKS / f"{step.stem}.ipynb", tmp_path / f"{step.stem}.ipynb", parameters=settings.as_dict(),
             engine_name="in-process", progress_bar=False,
@@ -63,9 +66,24 @@ def test_every_parameter_file_runs_all_notebooks(name, tmp_path, monkeypatch, ba
     kept = read_json(settings.run_folder / "metrics" / "data.json")
     assert kept["prediction_type"] == ("v_prediction" if base_model == v_base_folder else "epsilon")
     assert set(kept["base_sha256"]) and kept["counts"]["train"]
-    assert read_json(settings.run_folder / "metrics" / "plan.json")["rows"]["05"]["images"] == 2 * sum(
-        kept["counts"]["train"]
-    )
+    check_plan(settings, sum(kept["counts"]["train"]))
+
+
+def check_plan(settings: Settings, training_images: int) -> None:
+    """What was planned is what was done."""
+    rows = read_json(settings.run_folder / "metrics" / "plan.json")["rows"]
+    for number, part in (("01", "class_encoder"), ("03", "unet")):
+        history = read_json(settings.run_folder / part / "history.json")["epochs"]
+        assert rows[number]["steps"] == sum(epoch["steps"] for epoch in history)
+    assert rows["05"]["images"] == settings.scaling_max * training_images
+    facts = dataclasses.replace(dataset_facts(settings), train=training_images)
+    most = workload(settings, facts, most=True)
+    for number, search in (("02", "search_1"), ("04", "search_2")):
+        found = read_json(settings.run_folder / "metrics" / f"{search}.json")
+        scored_anew = settings.search_images * len(found["finalists"])
+        assert most[number].images == found["images"]["without_pruning"] + scored_anew + settings.search_images
+        rungs = sum(len(trial["intermediate"]) for trial in found["trials"])
+        assert most[number].searched_images >= rungs * settings.search_classifier_seeds * settings.classifier_steps * 32
 
 
 def test_a_folder_of_your_own_runs_all_notebooks(tmp_path, base_folder):
@@ -78,3 +96,14 @@ def test_a_folder_of_your_own_runs_all_notebooks(tmp_path, base_folder):
     assert (settings.run_folder / "data" / "splits.csv").exists()
     text = (settings.report_folder / "table_2.md").read_text()
     assert "| pets | mine:" in text and str(tmp_path) not in text
+    assert str(tmp_path) not in (settings.run_folder / "metrics" / "data.json").read_text()
+
+
+def test_a_tiny_folder_runs_its_first_notebooks(tmp_path, base_folder):
+    """Five images a class: three of each to train on, fewer than the notebooks' figures show."""
+    folder = write_folder(tmp_path / "few", 5)
+    settings = Settings.from_mapping(
+        smoke(tmp_path, base_folder) | dict(experiment="few", dataset=str(folder), image_size=8)
+    )
+    run_all(settings, tmp_path, until="01")
+    assert [step_state(settings, number).state for number in ("00", "01")] == ["done"] * 2

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelManager
+
+from sdlab import kernels
 
 # A process of its own, as `sdlab run` is one: the forking process belongs to whoever started it.
 SCRIPT = """
@@ -102,3 +105,12 @@ def test_a_kernel_ends_with_the_run_that_started_it(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert gone(int(pid_file.read_text()))
+
+
+@pytest.mark.parametrize("driver", ["nvidiactl", "kfd"])
+def test_where_there_is_a_gpu_kernels_are_ordinary_ones(tmp_path, monkeypatch, driver):
+    """A driver that diffusers' import has woken does not survive a fork: days would run on the CPU, or CUDA would refuse."""
+    (tmp_path / driver).touch()
+    monkeypatch.setattr(kernels, "GPU_DRIVERS", (str(tmp_path / driver),))
+    monkeypatch.setattr(kernels, "prepare", None)  # would fail if it were called
+    assert kernels.kernel_manager() is AsyncKernelManager

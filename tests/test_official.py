@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision.datasets
 from make_data import md5, write_cifar, write_medmnist
 
-from sdlab.datasets import dataset_facts, known_names, load_dataset
+from sdlab import official
+from sdlab.datasets import known_names, load_dataset
 from sdlab.images import Facts
 from sdlab.official import cifar, fetch, medmnist, medmnist_facts, medmnist_table
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
@@ -60,9 +62,13 @@ def test_cifar_is_split_as_the_authors_did(tmp_path, name):
     assert data.val.labels.tolist() == (labels[-validation:] if name == "cifar100" else (labels * 2)[-validation:])
 
 
-def test_the_official_split_is_40000_10000_10000():
-    settings = Settings.from_mapping(dict(experiment="x", dataset="cifar100"))
-    assert [getattr(dataset_facts(settings), s) for s in ("train", "val", "test")] == [40_000, 10_000, 10_000]
+def test_the_official_split_is_40000_10000_10000(tmp_path):
+    """By default the last 10,000 validate: here of five batches of 2,002."""
+    kind = write_cifar(tmp_path, "cifar10", per_batch=2002)
+    assert [len(s) for s in cifar("cifar10", tmp_path, kind).splits.values()] == [10, 10_000, 2002]
+    assert official.CIFAR_FACTS["cifar10"].train + 10_000 == 50_000
+    for name, folder in official.CIFAR_FOLDERS.items():
+        assert getattr(torchvision.datasets, official.CIFAR[name]).base_folder == folder
 
 
 def test_cifar_is_fetched_and_unpacked(tmp_path, server):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -134,6 +135,40 @@ def test_it_says_what_it_found(settings, tmp_path):
     assert "2 unreadable files were left out: train/dog/broken.png (" in said and "train/dog/cut.png (" in said
     assert "1 files are no images by their names: train/dog/notes.txt" in said
     assert "1 of the images: each is not square" in said and "train/dog/wide.png" in said
+    assert str(tmp_path) not in said  # findings are published with the notebooks
+
+
+def test_loose_images_are_named(settings, tmp_path):
+    folder = write_folder(tmp_path / "x", 10)
+    Image.new("RGB", (9, 9)).save(folder / "loose.png")
+    assert "loose.png (in no class)" in "\n".join(load(settings, folder).findings())
+
+
+def test_file_names_that_are_no_utf8_or_hold_quotes_are_kept(settings, tmp_path):
+    folder = write_folder(tmp_path / "x", 10)
+    for index, name in enumerate((b"caf\xe9.png", b'a"b,c.png')):
+        (folder / "cat" / f"{index:03d}.png").rename(folder / "cat" / os.fsdecode(name))
+    ours = dataclasses.replace(settings, dataset=str(folder))
+    data = load_dataset(ours)
+    keep_dataset(ours, data)
+    with images_file(ours).with_name("splits.csv").open(newline="", errors="surrogateescape") as file:
+        assert sorted(map(tuple, list(csv.reader(file))[1:])) == sorted(data.files)
+    assert load_dataset(ours).fingerprint() == data.fingerprint()
+
+
+def test_a_damaged_copy_in_the_runs_folder_is_named(settings, tmp_path):
+    ours = dataclasses.replace(settings, dataset=str(write_folder(tmp_path / "x", 10)))
+    keep_dataset(ours, load_dataset(ours))
+    images_file(ours).write_bytes(images_file(ours).read_bytes()[:500])
+    with pytest.raises(BadInput, match=r"images.npz is damaged: move it away"):
+        load_dataset(ours)
+
+
+def test_an_image_too_large_to_read_safely_is_unreadable(settings, tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "x", 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    Image.new("RGB", (31, 31)).save(folder / "cat" / "large.png")
+    assert "cat/large.png (it has 31 x 31 pixels, more than 900)" in "\n".join(load(settings, folder).findings())
 
 
 @pytest.mark.parametrize("size", [28, 32, 64])
@@ -167,7 +202,8 @@ def test_what_step_00_keeps_is_read_instead_of_the_files(settings, tmp_path, mon
     [
         (lambda f: f.mkdir(), "0 files, none of them an image"),
         (lambda f: write_folder(f, 10, ("cat",)), "one class only (`cat`)"),
-        (lambda f: write_folder(f, 2), "has 2 readable training images: at least 3 are needed"),
+        (lambda f: write_folder(f, 2), "has 2 different readable training images: at least 3 are needed"),
+        (lambda f: [Image.new("RGB", (9, 9)).save(p) for p in write_folder(f, 9).rglob("*.png")], "has 1 different readable training images"),
         (lambda f: (write_folder(f, 5), Image.new("RGB", (9, 9)).save(f / "x.png"), write_folder(f, 5, split="train")), "both train/ and cat/"),
         (lambda f: (f.mkdir(), Image.new("RGB", (9, 9)).save(f / "x.png")), "1 images without a class"),
         (lambda f: ((f / "cat").mkdir(parents=True), (f / "cat" / "x.txt").write_text("x")), "1 files, none of them an image"),
@@ -224,6 +260,11 @@ def test_an_npz_of_another_layout_gets_one_sentence(settings, tmp_path, more, sa
 
 
 def test_no_npz_at_all(settings, tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"PK no zip")
-    with pytest.raises(BadInput, match="cannot be read as npz"):
-        load(settings, tmp_path / "x.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez_compressed(tmp_path / "whole.npz", **arrays())
+    cut = bytearray((tmp_path / "whole.npz").read_bytes())
+    cut[200:260] = bytes(60)
+    for content in (b"PK no zip", b"", (tmp_path / "array.npy").read_bytes(), bytes(cut)):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(BadInput, match="cannot be read as npz"):
+            load(settings, tmp_path / "x.npz")

@@ -1,8 +1,8 @@
 """The plan: its counts are what the notebooks do, its times are timed, and it warns before the spend."""
 
 import dataclasses
-import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_counts_are_those_of_the_notebooks(settings):
     assert found["02"].passes == (40 + s.search_1_trials * 40) * 2 * 2.5  # IS 2 or 3: 2.5 on average
     assert found["05"].images == 96
     per_classifier = s.classifier_steps * s.classifier_batch_size
-    assert found["01"].classifier_images == s.classifier_seeds * per_classifier
-    assert found["02"].classifier_images == (s.classifier_seeds + s.search_1_trials * 2) * per_classifier
+    assert found["01"].classifier_images == found["02"].classifier_images == s.classifier_seeds * per_classifier
+    assert found["02"].searched_images == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
     assert found["05"].classifier_images == 3 * s.classifier_seeds * per_classifier  # real, x1, x2
 
 
@@ -73,15 +73,55 @@ def test_timing_leaves_the_base_model_as_it_was(settings):
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in base.unet.parameters()) and not base.unet.training
     timed = [getattr(costs, f.name) for f in dataclasses.fields(costs) if f.name.startswith("seconds_per")]
-    assert len(timed) == 7 and all(0 < seconds < 10 for seconds in timed)
+    assert len(timed) == 5 and all(0 < seconds < 10 for seconds in [*timed, *costs.searching, *costs.judging])
     assert costs.unet_parameters == base.unet.num_parameters() and costs.table_numbers == 4 * 5 * 12
 
 
-def test_time_grows_with_what_is_done(settings):
-    """The estimate is of this work: twice the pass costs twice."""
-    costs = measure(settings, FACTS, load_base_model(settings))
-    assert planning.seconds(Work(passes=200), costs) == pytest.approx(2 * planning.seconds(Work(passes=100), costs))
-    assert planning.seconds(Work(unet_steps=1), costs) == costs.seconds_per_unet_step
+def test_time_is_the_sum_of_what_is_done(settings):
+    """Every kind of work has its own price, and none is forgotten."""
+    costs = dataclasses.replace(
+        blank_costs(), seconds_per_pass=1, seconds_per_decoding=2, seconds_per_encoding=3, seconds_per_class_encoder_step=4,
+        seconds_per_unet_step=5, searching=(6, 7), judging=(8, 9),
+    )  # fmt: skip
+    order = ("passes", "images", "encoded", "class_encoder_steps", "unet_steps", "searched_images", "searched_checks",
+             "classifier_images", "classifier_checks")  # fmt: skip
+    assert set(order) == {f.name for f in dataclasses.fields(Work)}
+    for price, name in enumerate(order, start=1):
+        assert planning.seconds(Work(**{name: 10}), costs) == 10 * price
+    assert planning.seconds(Work(*[1] * 9), costs) == 45
+
+
+def test_memory_is_a_line_and_time_that_of_the_larger_batch():
+    """A fixed part must not be multiplied by the batch: SD 2.0's UNet needs 118 MB for one image and 4 for each more."""
+    held = []
+
+    def work(batch):
+        held.append(torch.zeros(25_000_000 + batch * 1_000_000).add_(1))  # 100 MB and 4 MB an image
+        held.clear()
+        time.sleep(0.2 + 0.01 * batch)
+
+    found = planning.timed(work, 500, torch.device("cpu"))
+    assert found.bytes(500) == pytest.approx(100e6 + 500 * 4e6, rel=0.35)
+    assert found.seconds < 0.04  # 0.21 at a batch of one
+
+
+def test_a_device_without_room_for_one_image_is_refused():
+    def work(batch):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(BadInput, match="Not even one image fits"):
+        planning.timed(work, 8, torch.device("cpu"))
+
+
+def test_memory_that_runs_out_ends_the_measurement_and_not_the_plan():
+    tried = []
+
+    def work(batch):
+        tried.append(batch)
+        if batch > 8:
+            raise torch.OutOfMemoryError("no room")
+
+    assert planning.timed(work, 500, torch.device("cpu")).seconds > 0 and max(tried) > 8
 
 
 def test_disk_of_the_papers_size():
@@ -97,7 +137,8 @@ def test_disk_of_the_papers_size():
 
 
 def blank_costs() -> planning.Costs:
-    return planning.Costs(**{f.name: "x" if f.name == "device" else 0 for f in dataclasses.fields(planning.Costs)})
+    kinds = {"device": "x", "searching": (0, 0), "judging": (0, 0)}
+    return planning.Costs(**{f.name: kinds.get(f.name, 0) for f in dataclasses.fields(planning.Costs)})
 
 
 def test_it_warns_when_disk_or_memory_will_not_do(settings):
@@ -162,11 +203,11 @@ def test_a_base_model_of_unknown_size_cannot_be_planned(settings):
 
 @pytest.mark.parametrize(("hours", "text"), [(0.01, "0.6 min"), (2.5, "2.5 h"), (2400, "100 days")])
 def test_durations(hours, text):
-    assert duration(hours) == text and not math.isnan(hours)
+    assert duration(hours) == text
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_papers_experiments_deviate_in_nothing_but_protocol_and_size(name):
     s = Settings.from_file(PARAMS / f"{name}.yaml")
     assert s.protocol == "paper" and s.dataset == name
-    assert s.deviations().keys() == {"protocol"} | (set() if name.startswith("cifar") else {"image_size"})
+    assert s.deviations().keys() == (set() if name.startswith("cifar") else {"image_size"})

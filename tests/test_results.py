@@ -206,7 +206,29 @@ def test_figure_1_is_averaged_over_data_sets():
     means = results.figure_1_means(pd.concat([pd.DataFrame(ours), results.figure_1([])]))
     paper_means = means.paper.unstack()
     first, second = (paper_means.loc[search].to_dict() for search in ("search_1", "search_2"))
-    assert first == pytest.approx(dict(epoch=0.37, guidance_scale=0.58, num_inference_steps=0.06), abs=0.0051)
-    assert second == pytest.approx(dict(epoch=0.14, guidance_scale=0.69, num_inference_steps=0.17), abs=0.0051)
+    assert first == pytest.approx(dict(epoch=0.37, guidance_scale=0.58, num_inference_steps=0.06), abs=0.011)
+    assert second == pytest.approx(dict(epoch=0.14, guidance_scale=0.69, num_inference_steps=0.17), abs=0.011)
     row = means.loc[("search_1", "guidance_scale")]
     assert (row.ours, row.difference, row["ours, data sets"]) == (0.7, 0.12, 2)
+
+
+def test_your_own_file_does_not_pass_for_one_of_the_papers_data_sets(settings):
+    """An npz of noise called retinamnist.npz, given as a path."""
+    own = experiment(dataclasses.replace(settings, dataset="x"), "retinamnist")
+    assert own.dataset == "retinamnist" and table_1([own]).paper.notna().all()
+    own = Experiment(dataclasses.replace(own.settings, dataset="somewhere/retinamnist.npz"))
+    assert (
+        own.dataset == "retinamnist (own)" and table_1([own]).paper.isna().all() and table_2([own]).paper.isna().all()
+    )
+
+
+def test_names_cannot_break_a_table():
+    text = pd.DataFrame([{"data set": "cats & dogs #1 | all", "who": "a_b"}])
+    assert r"cats & dogs #1 \| all" in results.to_markdown(text)
+    assert r"cats \& dogs \#1 | all & a\_b" in results.to_latex(text)
+
+
+def test_a_run_that_kept_no_plan_says_so_and_older_records_are_no_obstacle(settings):
+    assert results.kept_plan(settings) is None
+    write_json(settings.run_folder / "records/00.json", dict(finished="yes", seconds=9.0))  # measured nothing yet
+    assert results.actual(settings) == {}

@@ -10,7 +10,9 @@ import yaml
 from click.testing import CliRunner
 from conftest import SMOKE
 
-from sdlab.run import write_json
+from sdlab.datasets import load_dataset
+from sdlab.planning import make_plan
+from sdlab.run import Run, write_json
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
 from sdlab.workflow import Watcher, cli, plain_table
 
@@ -148,3 +150,27 @@ def test_a_terminal_sees_a_bar_of_what_the_notebook_is_at(tmp_path, capsys):
     seen = capsys.readouterr().err
     assert "01_class_encoder: starting" in seen and "01_class_encoder: train" in seen and "7/20" in seen
     assert "old" not in seen
+
+
+def test_a_kept_plan_is_shown_for_its_own_settings_only(file, tmp_path, monkeypatch):
+    """Neither the plan of another base model nor what another experiment took."""
+    settings = Settings.from_file(file())
+    kept = make_plan(settings, load_dataset(settings).facts())
+    write_json(settings.run_folder / "metrics" / "plan.json", kept)
+    shown = invoke("plan", file())
+    assert shown.exit_code == 0 and "The plan that the first notebook made" in shown.output
+    assert "05_scaling" in shown.output and "2,000" in shown.output  # x2 of digits' 1000
+    other = invoke("plan", file(), "-p", "scaling_max", "3")
+    assert other.exit_code == 0 and "first notebook made" not in other.output and "3,000" in other.output
+
+
+def test_time_of_an_attempt_that_was_cut_counts(file):
+    """A long run is a run that was resumed."""
+    settings = Settings.from_file(file())
+    first = Run(settings, "00_data_and_base_model")
+    started = first.record["opened_at"]
+    first.lock.release()
+    write_json(settings.run_folder / "progress.json", dict(time=started + 100.0))
+    again = Run(settings, "00_data_and_base_model")
+    assert again.record["seconds"] == pytest.approx(100.0)
+    again.lock.release()
