@@ -15,7 +15,7 @@ import yaml
 
 from sdlab import paper
 from sdlab.importance import LABELS, PARAMETERS
-from sdlab.run import STEPS, digest, read_json, read_record, step_state, written_beside
+from sdlab.run import STEPS, differences, digest, read_json, read_record, step_state, written_beside
 from sdlab.settings import BadInput, Settings
 
 FORMATS = ("csv", "md", "tex", "png")
@@ -369,9 +369,10 @@ def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
 
 
 def kept_plan(settings: Settings) -> dict | None:
-    """The plan that the first notebook made, if it did."""
+    """The plan that the first notebook made, if it did, and for these settings."""
     path = settings.run_folder / "metrics" / "plan.json"
-    return read_json(path) if path.exists() else None
+    plan = read_json(path) if path.exists() else None
+    return plan if plan is not None and plan["settings"] == planned_settings(settings) else None
 
 
 def planned_settings(settings: Settings) -> dict:
@@ -380,16 +381,16 @@ def planned_settings(settings: Settings) -> dict:
 
 
 def actual(settings: Settings) -> dict[str, dict]:
-    """What finished notebooks took, by number: hours, gigabytes left on disk, peak memory in gigabytes."""
+    """What finished notebooks took with these settings, by number: hours, gigabytes left on disk, peak memory in gigabytes."""
     found, before = {}, 0
     for number in STEPS:
         record = read_record(settings, number)
-        measured = (record or {}).get("measured")
-        if measured is None or not record["finished"]:
+        if record is None or not record["finished"] or differences(settings, number, record):
             break
+        measured = record.get("measured", dict(folder_bytes=math.nan, peak_memory_bytes=math.nan))
         found[number] = dict(
             hours=record["seconds"] / 3600,
-            disk_gb=max(measured["folder_bytes"] - before, 0) / 1e9,
+            disk_gb=(measured["folder_bytes"] - before) / 1e9,
             memory_gb=measured["peak_memory_bytes"] / 1e9,
         )
         before = measured["folder_bytes"]
@@ -444,6 +445,7 @@ def duration(hours: float) -> str:
 def size(gigabytes: float) -> str:
     if math.isnan(gigabytes):
         return "unknown"
+    gigabytes = max(gigabytes, 0.0)
     return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.0f} MB"
 
 
