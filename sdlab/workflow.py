@@ -22,7 +22,6 @@ from sdlab.results import (
     kept_plan,
     plan_sentences,
     plan_table,
-    planned_settings,
     tables_are_current,
     to_markdown,
 )
@@ -305,8 +304,6 @@ def plan(settings: Settings, again: bool) -> None:
     Times a few real steps, and fetches nothing.
     """
     made, took = kept_plan(settings), actual(settings)
-    if made is not None and made["settings"] != planned_settings(settings):
-        made, took = None, {}  # of other settings: neither the plan nor what was taken is of this experiment
     if again or made is None:
         facts = dataset_facts(settings)
         click.echo("Timing a few steps ...", err=True)

@@ -157,13 +157,13 @@ def test_plan_and_actual_stand_side_by_side(settings):
     assert "took" not in plan_table(made) and len(plan_table(made)) == 6
     for number, bytes_so_far in (("00", 0), ("01", 3_000_000)):
         measured = dict(folder_bytes=bytes_so_far, peak_memory_bytes=700_000_000)
-        write_json(
-            settings.run_folder / f"records/{number}.json", dict(finished="yes", seconds=90.0, measured=measured)
-        )
+        record = dict(finished="yes", seconds=90.0, measured=measured, settings=settings.of_step(number))
+        write_json(settings.run_folder / f"records/{number}.json", record)
     table = plan_table(made, actual(settings)).set_index("notebook")
     assert table.loc["01_class_encoder", "took"] == "1.5 min" and table.loc["01_class_encoder", "disk used"] == "3 MB"
     assert table.loc["02_first_search", "took"] == "" and table.loc["all", "took"] == "3.0 min"
     assert made["device"] in plan_sentences(made)[0]
+    assert actual(dataclasses.replace(settings, image_size=9)) == {}  # taken with other settings: not this experiment's
 
 
 def test_a_plan_needs_neither_weights_nor_data(settings, base_folder, tmp_path, monkeypatch):

@@ -230,6 +230,8 @@ def test_names_cannot_break_a_table():
 
 def test_a_run_that_kept_no_plan_says_so_and_older_records_are_no_obstacle(settings):
     assert results.kept_plan(settings) is None
-    write_json(settings.run_folder / "records/00.json", dict(finished="yes", seconds=9.0))  # measured nothing yet
+    write_json(
+        settings.run_folder / "records/00.json", dict(finished="yes", seconds=9.0, settings=settings.of_step("00"))
+    )
     took = results.actual(settings)["00"]
     assert took["hours"] == 0.0025 and results.size(took["disk_gb"]) == results.size(took["memory_gb"]) == "unknown"
