@@ -140,7 +140,9 @@ def execute(settings: Settings, step: Step) -> float:
                 parameters=settings.as_dict(),
                 progress_bar=False,
                 cwd=NOTEBOOKS,
-                extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning about TCP for every kernel
+                extra_arguments=[
+                    "--IPKernelApp.log_level=50"
+                ],  # a warning about TCP; what an interrupted kernel could not send
                 kernel_manager_class=kernel_manager(),
             )
         except PapermillExecutionError as error:

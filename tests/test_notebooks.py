@@ -1,10 +1,13 @@
 """All eight notebooks at smoke depth, in order, through papermill; and each of the ways they can go wrong."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -197,6 +200,41 @@ def test_a_damaged_checkpoint_stops_with_its_name_and_the_failing_notebook_is_ke
     assert done.returncode == 1 and f"epoch_{epoch:02d} is damaged" in done.stderr and "Traceback" not in done.stderr
     outputs = [o for c in nbformat.read(run / "notebooks/03_fine_tuning.ipynb", 4).cells for o in c.get("outputs", [])]
     assert any(o.output_type == "error" and "is damaged" in o.evalue for o in outputs)
+
+
+def forked_processes() -> int:
+    """How many processes on this machine came from a forking one."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            count += b"multiprocessing.forkserver" in path.read_bytes()
+    return count
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes as Linux shows them")
+def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path):
+    """Ctrl-C at the terminal reaches the whole process group."""
+    there = forked_processes()
+    where = ("-p", "runs_root", tmp_path / "runs", "-p", "reports_root", tmp_path / "reports", "--until", "01")
+    arguments = [str(a) for a in (BIN / "sdlab", "run", world / "smoke.yaml", *where)]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    for _ in range(1200):
+        if (tmp_path / "runs/smoke/class_encoder/epoch_01").exists():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Stopped during 01_class_encoder: the same command goes on" in err
+    assert "Traceback" not in err
+    for _ in range(100):
+        if forked_processes() <= there:
+            break
+        time.sleep(0.1)
+    assert forked_processes() <= there
+    done = command(*arguments)
+    assert done.returncode == 0 and "00_data_and_base_model   finished before, skipped" in done.stdout
 
 
 def test_a_run_that_is_refused_leaves_the_folder_as_it_was(finished):
