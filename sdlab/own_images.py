@@ -103,15 +103,19 @@ def list_folder(folder: Path) -> Listing:
         loose = sorted(path for path in {*folder.iterdir(), *above.iterdir()} if path.suffix.lower() in suffixes)
         others += [f"{path.relative_to(folder).as_posix()} (in no class)" for path in loose]
         for of_class in subfolders(above):
+            before = len(images)
             for path in sorted(p for p in of_class.rglob("*") if p.is_file() and not p.name.startswith(".")):
                 name = path.relative_to(folder).as_posix()
                 if path.suffix.lower() in suffixes:
                     images.append((name, of_class.name, split))
                 else:
                     others.append(name)
+            if len(images) == before:
+                others.append(f"{of_class.relative_to(folder).as_posix()}/ (holds no image)")
     if not images:
         loose = sum(name.endswith("(in no class)") for name in others)
-        found = f"{loose} images without a class" if loose else f"{len(others)} files, none of them an image"
+        files = sum(not name.endswith("(holds no image)") for name in others)
+        found = f"{loose} images without a class" if loose else f"{files} files, none of them an image"
         raise BadInput(f"{folder} has {found}: {LAYOUT}.")
     return Listing(folder, tuple(images), tuple(dict.fromkeys(others)))
 
@@ -174,7 +178,7 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
     if unreadable:
         remarks.append(f"{len(unreadable)} unreadable files were left out: {shortened(unreadable)}.")
     if listing.others:
-        remarks.append(f"{len(listing.others)} files are no images by their names: {shortened(listing.others)}.")
+        remarks.append(f"{len(listing.others)} files or folders give no image: {shortened(listing.others)}.")
     remarks += [f"{len(names)} of the images: each {trait} ({shortened(names, 2)})." for trait, names in traits.items()]
     return np.stack([pictures[entry].pixels for entry in pictures]), files, remarks
 

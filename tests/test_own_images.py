@@ -127,13 +127,14 @@ def test_it_says_what_it_found(settings, tmp_path):
     (folder / "train/dog/broken.png").write_bytes(b"\x89PNG no more")
     (folder / "train/dog/cut.png").write_bytes((folder / "train/dog/001.png").read_bytes()[:200])
     (folder / "train/dog/notes.txt").write_text("hello")
+    (folder / "train/emu").mkdir()
     Image.new("RGB", (30, 20)).save(folder / "train/dog/wide.png")
     said = "\n".join(load(settings, folder).findings())
     assert "29 / 8 / 9 images" in said
     assert "Imbalanced: 20 training images of `cat`, 9 of `dog`" in said
     assert "1 images stand, pixel for pixel, in more than one split (1 of them in test)" in said
     assert "2 unreadable files were left out: train/dog/broken.png (" in said and "train/dog/cut.png (" in said
-    assert "1 files are no images by their names: train/dog/notes.txt" in said
+    assert "2 files or folders give no image: train/dog/notes.txt, train/emu/ (holds no image)" in said
     assert "1 of the images: each is not square" in said and "train/dog/wide.png" in said
     assert str(tmp_path) not in said  # findings are published with the notebooks
 
