@@ -12,6 +12,7 @@ from sdlab import paper, results
 from sdlab.results import (
     LATEX,
     MARKDOWN,
+    PLAIN,
     Experiment,
     our_gains,
     save_table,
@@ -127,7 +128,7 @@ def test_latex_and_markdown_hold_the_same_cells(experiments):
     table = table_2(experiments)
     latex, markdown = to_latex(table_2_text(table, LATEX)), to_markdown(table_2_text(table, MARKDOWN))
     assert latex.count(r"\\") == markdown.count("\n")  # the header counts, the rule does not
-    assert r"\textbf{\underline{85.82}}" in latex and r"\begin{tabular}{llrrrrrrrrrrr}" in latex
+    assert r"\textbf{\underline{85.82}}" in latex and r"\begin{tabular}{llrrrrrrrrrrrrrr}" in latex
 
 
 def test_a_table_is_written_in_four_formats(experiments, tmp_path):
@@ -220,6 +221,18 @@ def test_your_own_file_does_not_pass_for_one_of_the_papers_data_sets(settings):
     assert (
         own.dataset == "retinamnist (own)" and table_1([own]).paper.isna().all() and table_2([own]).paper.isna().all()
     )
+
+
+def test_every_cas_stands_beside_what_it_has_to_be_read_against(experiments):
+    """Majority class, standard errors of test and validation, and the real baseline: METHOD, items 6 and 7."""
+    for text in (table_1_text(table_1(experiments), PLAIN), table_2_text(table_2(experiments), PLAIN)):
+        ours = text[text.who.str.contains(": tiny")]
+        assert len(ours) and (ours["majority"] == "60.0").all()
+        assert (ours[["s.e. test", "s.e. val"]].astype(float) > 0).all().all()
+    first = table_1_text(table_1(experiments), PLAIN)
+    assert (first[first.who == "paper"].Real == [f"{row['real']:.2f}" for row in paper.TABLE_2.values()]).all()
+    assert first[first.who.str.contains(": tiny")].Real.astype(float).between(88, 93).all()
+    assert (first[first.who == "ours: not run"][["Real", "majority", "s.e. test"]] == "").all().all()
 
 
 def test_names_cannot_break_a_table():
