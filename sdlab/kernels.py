@@ -18,12 +18,18 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
+prepared = False
 IMPORTED = ["ipykernel.kernelapp", "sdlab.planning", "sdlab.figures", "sdlab.results", "sklearn.ensemble"]
 
 
-def kernel_manager() -> type[AsyncKernelManager]:
-    """The class of kernels for papermill: forked ones where that is safe, and the imports for them begun; else ordinary ones."""
+def kernel_manager(light: bool) -> type[AsyncKernelManager]:
+    """The class of kernels for papermill: forked ones where that is safe, and the imports for them begun; else ordinary ones.
+
+    A `light` notebook, which imports no torch, is forked only if the imports are there already.
+    """
     if sys.platform != "linux" or any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return AsyncKernelManager
+    if light and not prepared:
         return AsyncKernelManager
     prepare()
     return ForkingKernelManager
@@ -31,6 +37,8 @@ def kernel_manager() -> type[AsyncKernelManager]:
 
 def prepare() -> None:
     """Let the imports begin. The first kernel waits for them."""
+    global prepared
+    prepared = True
     # matplotlib asks for its backend when it is imported, which is before a kernel would say so.
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     context = multiprocessing.get_context("forkserver")

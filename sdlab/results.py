@@ -594,6 +594,11 @@ def draw_scaling(table: pd.DataFrame, title: str):
         mec="C3",
         label=f"chosen on {'validation' if chosen.protocol == 'sealed' else 'test'}: {chosen.cell}, {chosen.cas:.1f} %",
     )
+    low, high = axes.get_ylim()
+    if real.majority > low - (high - low) / 2:  # else the axis would show little but the distance to it
+        axes.axhline(
+            real.majority, color="black", lw=1, ls="--", label=f"always the commonest class: {real.majority:.1f} %"
+        )
     axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)", title=title)
     axes.set_xticks(k)
     axes.legend(loc="lower right", fontsize=8)
@@ -615,6 +620,9 @@ def draw_steps(table: pd.DataFrame, real: float, title: str):
         axes.text(bar.get_x() + bar.get_width() / 2, 3, text, ha="center", va="bottom", size=8)
     axes.axhline(real, color="black", lw=1.2)
     axes.text(-0.45, real + 0.7, f"real images: {real:.1f} %", size=8)
+    majority = table.majority.iloc[0]
+    axes.axhline(majority, color="black", lw=1, ls="--")
+    axes.text(3.45, majority + 0.7, f"always the commonest class: {majority:.1f} %", size=8, ha="right")
     labels = ["After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search"]
     axes.set_xticks(range(4), labels)
     axes.set(ylabel="CAS (%)", ylim=(0, 108), title=title)

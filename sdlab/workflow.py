@@ -143,7 +143,7 @@ def execute(settings: Settings, step: Step) -> float:
                 extra_arguments=[
                     "--IPKernelApp.log_level=50"
                 ],  # a warning about TCP; what an interrupted kernel could not send
-                kernel_manager_class=kernel_manager(),
+                kernel_manager_class=kernel_manager(light=step.number > "05"),
             )
         except PapermillExecutionError as error:
             # A notebook that was refused before it opened its step leaves nothing.

@@ -113,4 +113,12 @@ def test_where_there_is_a_gpu_kernels_are_ordinary_ones(tmp_path, monkeypatch, d
     (tmp_path / driver).touch()
     monkeypatch.setattr(kernels, "GPU_DRIVERS", (str(tmp_path / driver),))
     monkeypatch.setattr(kernels, "prepare", None)  # would fail if it were called
-    assert kernels.kernel_manager() is AsyncKernelManager
+    assert kernels.kernel_manager(light=False) is AsyncKernelManager
+
+
+def test_a_light_notebook_does_not_wait_for_imports_that_it_does_not_need(monkeypatch):
+    monkeypatch.setattr(kernels, "GPU_DRIVERS", ())
+    monkeypatch.setattr(kernels, "prepare", lambda: monkeypatch.setattr(kernels, "prepared", True))
+    monkeypatch.setattr(kernels, "prepared", False)
+    found = [kernels.kernel_manager(light) for light in (True, False, True)]
+    assert found == [AsyncKernelManager, kernels.ForkingKernelManager, kernels.ForkingKernelManager]

@@ -27,7 +27,7 @@ def test_defaults_are_the_papers():
     assert (s.classifier_batch_size, s.classifier_patience, s.classifier_stop_patience) == (256, 10, 25)
     assert (s.search_patience, s.search_stop_patience, s.classifier_filters) == (25, 50, 64)
     assert (s.base_image_size, s.scaling_max, s.scheduler, s.protocol) == (128, 10, "DDIMScheduler", "sealed")
-    assert s.deviations() == {}
+    assert s.deviations() == {"protocol": ("sealed", "paper")}
 
 
 @pytest.mark.parametrize(
