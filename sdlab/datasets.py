@@ -11,10 +11,10 @@ from sdlab.own_images import own_images, own_path
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 
-def digits(data_root: Path | None = None) -> ImageDataset:
+def digits() -> ImageDataset:
     """scikit-learn's digits: 1,797 scans of handwritten digits, 8 x 8 pixels of 17 greys (UCI, Alpaydin and Kaynak 1998).
 
-    Splits are fixed and stratified: 1000 train, 297 val, 500 test. They lie in scikit-learn, not under `data_root`.
+    Splits are fixed and stratified: 1000 train, 297 val, 500 test.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
