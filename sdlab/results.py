@@ -618,14 +618,13 @@ def draw_steps(table: pd.DataFrame, real: float, title: str):
     for bar, row in zip(bars, table.itertuples(), strict=True):
         text = f"{row.cas:.1f} %\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}\n{row.seconds:.0f} s"
         axes.text(bar.get_x() + bar.get_width() / 2, 3, text, ha="center", va="bottom", size=8)
-    axes.axhline(real, color="black", lw=1.2)
-    axes.text(-0.45, real + 0.7, f"real images: {real:.1f} %", size=8)
+    axes.axhline(real, color="black", lw=1.2, label=f"real images: {real:.1f} %")
     majority = table.majority.iloc[0]
-    axes.axhline(majority, color="black", lw=1, ls="--")
-    axes.text(3.45, majority + 0.7, f"always the commonest class: {majority:.1f} %", size=8, ha="right")
+    axes.axhline(majority, color="black", lw=1, ls="--", label=f"always the commonest class: {majority:.1f} %")
+    axes.legend(loc="upper left", fontsize=8)
     labels = ["After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search"]
     axes.set_xticks(range(4), labels)
-    axes.set(ylabel="CAS (%)", ylim=(0, 108), title=title)
+    axes.set(ylabel="CAS (%)", ylim=(0, 120), title=title)
     figure.tight_layout()
     return figure
 
