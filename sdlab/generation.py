@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from sdlab.images import Split
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.pixels import to_uint8
 from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside
 from sdlab.settings import BadInput
 from sdlab.training import derive_seed
+
+if TYPE_CHECKING:  # needs diffusers, which is slow to import
+    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class SyntheticSet:
 
 
 def generate(
-    pipeline: ClassConditionalStableDiffusionPipeline,
+    pipeline: "ClassConditionalStableDiffusionPipeline",
     plan: GenerationPlan,
     root: Path,
     count: int,

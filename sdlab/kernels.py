@@ -19,7 +19,14 @@ from jupyter_client.provisioning import LocalProvisioner
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
 prepared = False
-IMPORTED = ["ipykernel.kernelapp", "sdlab.planning", "sdlab.figures", "sdlab.results", "sklearn.ensemble"]
+IMPORTED = [
+    "ipykernel.kernelapp",
+    "sdlab.planning",
+    "sdlab.pipeline",
+    "sdlab.figures",
+    "sdlab.results",
+    "sklearn.ensemble",
+]
 
 
 def kernel_manager(light: bool) -> type[AsyncKernelManager]:

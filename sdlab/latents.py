@@ -55,7 +55,7 @@ def encode_images(
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["made_from"]) == key:
                 mean, std = (torch.from_numpy(kept[name]).to(device) for name in ("mean", "std"))
-                return Moments(mean, std, base.vae.config.scaling_factor)
+                return Moments(mean, std, base.scaling_factor)
     parts = []
     with progress(total=count, desc="encode", unit="img") as bar:
         for start in range(0, count, ENCODE_BATCH):
@@ -66,4 +66,4 @@ def encode_images(
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     with written_beside(path) as beside, beside.open("wb") as file:
         np.savez(file, mean=mean.cpu().numpy(), std=std.cpu().numpy(), made_from=key)
-    return Moments(mean, std, base.vae.config.scaling_factor)
+    return Moments(mean, std, base.scaling_factor)

@@ -19,14 +19,11 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
-from diffusers import UNet2DConditionModel
 
 from sdlab.base_models import BaseModel, is_here, load_base_model, unloaded
-from sdlab.class_encoder import ClassEncoder
 from sdlab.classifier import Recipe, predict, train_classifier
 from sdlab.evaluation import OperatingPoint
 from sdlab.images import Facts, Split
-from sdlab.pipeline import DECODE_BATCH
 from sdlab.results import planned_settings
 from sdlab.run import STEPS, read_json, read_record
 from sdlab.search import first_ranges, new_pruner, study_name
@@ -264,7 +261,10 @@ def clocked(work: Callable[[int], object], batch: int, device: torch.device) -> 
 
 def measure(settings: Settings, facts: Facts, base: BaseModel) -> Costs:
     """Time one of everything on `base.device`, with the base model's real size. Leaves the base model as it was."""
-    s, device, unet = settings, base.device, base.unet
+    from sdlab.class_encoder import ClassEncoder  # these need diffusers, which is slow to import
+    from sdlab.pipeline import DECODE_BATCH
+
+    s, device, unet, vae = settings, base.device, base.unet, base.vae
     side = s.base_image_size // base.vae_scale
     encoder = ClassEncoder(facts.num_classes, base.tokens, base.width, s.class_encoder_hidden).to(device)
     scheduler = base.noise_scheduler()
@@ -282,11 +282,11 @@ def measure(settings: Settings, facts: Facts, base: BaseModel) -> Costs:
     @torch.no_grad()
     def decode(count):
         with torch.autocast(device.type, base.dtype, enabled=base.dtype != torch.float32):
-            base.vae.decode(latents(count))
+            vae.decode(latents(count))
 
     @torch.no_grad()
     def encode(count):
-        base.vae.encode(torch.zeros(count, 3, s.base_image_size, s.base_image_size, device=device))
+        vae.encode(torch.zeros(count, 3, s.base_image_size, s.base_image_size, device=device))
 
     def conditions(count):
         return encoder.table()[torch.zeros(count, dtype=torch.long, device=device)]
@@ -336,9 +336,9 @@ def measure(settings: Settings, facts: Facts, base: BaseModel) -> Costs:
     )  # fmt: skip
 
 
-def copy_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def copy_of(unet: torch.nn.Module) -> torch.nn.Module:
     """In float32, as fine-tuning trains it."""
-    other = UNet2DConditionModel.from_config(unet.config).to(unet.device)
+    other = type(unet).from_config(unet.config).to(unet.device)
     other.load_state_dict(unet.state_dict())
     return other
 

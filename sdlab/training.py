@@ -15,20 +15,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, UNet2DConditionModel
 from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel, first_line
-from sdlab.class_encoder import ClassEncoder, ClassTable
+from sdlab.base_models import BaseModel, first_line, make_scheduler
 from sdlab.images import ImageDataset
 from sdlab.latents import Moments, encode_images
 from sdlab.run import Run, read_json, sha256_of_file, sha256_of_json, write_json, written_beside
 from sdlab.settings import BadInput
+
+if TYPE_CHECKING:  # diffusers is slow to import
+    from diffusers import ModelMixin, UNet2DConditionModel
+
+    from sdlab.class_encoder import ClassEncoder, ClassTable
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def derive_seed(*parts: int | str) -> int:
 def train(
     plan: TrainingPlan,
     base: BaseModel,
-    class_encoder: ClassEncoder | ClassTable,
+    class_encoder: "ClassEncoder | ClassTable",
     moments: Moments,
     labels: torch.Tensor,
     folder: Path,
@@ -171,7 +174,10 @@ def encode_training_set(run: Run, base: BaseModel, data: ImageDataset) -> Moment
 
 def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: Moments) -> list[dict]:
     """Step 1: a new Class-Encoder, VAE and UNet frozen. Checkpoints in `class_encoder/`."""
+    from sdlab.class_encoder import ClassEncoder
+
     s = run.settings
+    make_scheduler(s.scheduler, base.scheduler_config)  # refuse an unknown one now, not after the training
     plan = TrainingPlan("class_encoder", s.class_encoder_epochs, s.class_encoder_batch_size, s.class_encoder_learning_rate,
                         s.weight_decay, s.max_grad_norm, s.seed)  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -186,6 +192,8 @@ def fine_tune_unet(
     run: Run, base: BaseModel, data: ImageDataset, moments: Moments, class_encoder_epoch: int
 ) -> list[dict]:
     """Step 3: a UNet loaded anew in float32, the Class-Encoder of step 2's best epoch frozen. Checkpoints in `unet/`."""
+    from sdlab.class_encoder import ClassTable
+
     s = run.settings
     plan = TrainingPlan(
         "unet", s.unet_epochs, s.unet_batch_size, s.unet_learning_rate, s.weight_decay, s.max_grad_norm, s.seed
@@ -203,7 +211,7 @@ def epoch_folder(folder: Path, epoch: int) -> Path:
     return folder / f"epoch_{epoch:02d}"
 
 
-def save_checkpoint(model: ModelMixin, folder: Path) -> None:
+def save_checkpoint(model: "ModelMixin", folder: Path) -> None:
     """What later steps need of a model, in diffusers' folder format, with a manifest of its files' hashes.
 
     A Class-Encoder is kept as its table, a UNet in half precision: sampling needs no more, and a run has many of
@@ -215,17 +223,17 @@ def save_checkpoint(model: ModelMixin, folder: Path) -> None:
         if not intact(folder):
             raise BadInput(f"{folder} is damaged: move the folder {folder.parent} away and run its step again.")
         return
-    kept = model.tabulated() if isinstance(model, ClassEncoder) else halved(model)
+    kept = model.tabulated() if hasattr(model, "tabulated") else halved(model)
     with written_beside(folder) as beside:
         kept.save_pretrained(beside, safe_serialization=True)
         files = {file.name: sha256_of_file(file) for file in sorted(beside.iterdir())}
         write_json(beside / "manifest.json", files)
 
 
-def halved(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def halved(unet: "UNet2DConditionModel") -> "UNet2DConditionModel":
     """A copy in float16, without a second one in float32. Raises `BadInput` if a weight is beyond its range."""
     with torch.device("meta"):
-        copy = UNet2DConditionModel.from_config(unet.config)
+        copy = type(unet).from_config(unet.config)
     weights = {name: value.half() for name, value in unet.state_dict().items()}
     if beyond := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
         raise BadInput(f"The UNet's weights {beyond[0]} are beyond the range of float16: try a smaller learning rate.")
@@ -248,12 +256,12 @@ def damage(folder: Path) -> str:
 
 
 def load_checkpoint(
-    kind: type[ModelMixin],
+    kind: "type[ModelMixin]",
     folder: Path,
     epoch: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> ModelMixin:
+) -> "ModelMixin":
     """The model of one epoch, its files' hashes checked. Raises `BadInput`: weights are never made up."""
     path = epoch_folder(folder, epoch)
     if not (path / "manifest.json").is_file():

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdlab.base_models import TINY, choose_device, choose_precision, load_base_model
 from sdlab.run import sha256_of_file
 from sdlab.settings import BadInput
+from sdlab.training import train_class_encoder
 
 
 def test_what_a_base_model_is_comes_from_its_configs(settings, v_base_folder):
@@ -118,15 +122,41 @@ def test_pickled_weights_are_refused_by_name(settings, base_folder, tmp_path):
         load_base_model(dataclasses.replace(settings, base_model=str(folder)))
 
 
-def test_weights_that_lack_a_tensor_are_refused(settings, base_folder, tmp_path):
+@pytest.mark.parametrize(("part", "tensor"), [("unet", "conv_in.weight"), ("vae", "encoder.conv_in.weight")])
+def test_weights_that_lack_a_tensor_are_refused(settings, base_folder, tmp_path, part, tensor):
     """diffusers would make it up and warn."""
     folder = tmp_path / "lacking"
     shutil.copytree(base_folder, folder)
-    path = folder / "unet/diffusion_pytorch_model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if k != "conv_in.weight"}, path)
+    path = folder / part / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != tensor}, path)
     base = load_base_model(dataclasses.replace(settings, base_model=str(folder)))
-    with pytest.raises(BadInput, match=r"1 missing keys, as conv_in.weight: config and weights belong to different"):
-        _ = base.unet
+    with pytest.raises(BadInput, match=f"1 missing keys, as {tensor}: config and weights belong to different"):
+        getattr(base, part)
+
+
+def test_latents_are_scaled_as_the_vae_says(settings, base_folder, tmp_path):
+    """Read from the config alone, with diffusers' own default where it is silent."""
+    folder = tmp_path / "other"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "vae/config.json").read_text())
+    for factor in (0.5, None):
+        kept = {k: v for k, v in config.items() if k != "scaling_factor"} | (
+            {"scaling_factor": factor} if factor else {}
+        )
+        (folder / "vae/config.json").write_text(json.dumps(kept))
+        base = load_base_model(dataclasses.replace(settings, base_model=str(folder)))
+        assert base.scaling_factor == base.vae.config.scaling_factor == (factor or 0.18215)
+
+
+def test_results_are_read_without_importing_diffusers():
+    """It takes seven seconds: whoever opens a finished notebook waits for it only where images are drawn."""
+    heavy = "diffusers", "torch._dynamo", "transformers", "torchvision", "medmnist", "sklearn", "scipy"
+    code = (
+        "import sys, sdlab.figures, sdlab.planning, sdlab.results, sdlab.search, sdlab.training;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -259,9 +289,10 @@ def test_a_device_that_is_not_there_is_refused(name):
 @pytest.mark.parametrize(
     "name", ["FlowMatchEulerDiscreteScheduler", "VQDiffusionScheduler", "DDIMInverseScheduler", "DDIM", "Unheard"]
 )
-def test_a_scheduler_that_cannot_sample_is_refused_at_once(settings, name):
+def test_a_scheduler_that_cannot_sample_is_refused_before_the_first_training(settings, base, name):
+    run = SimpleNamespace(settings=dataclasses.replace(settings, scheduler=name))  # it has no folder to write to
     with pytest.raises(BadInput, match=f"`scheduler` is '{name}'"):
-        load_base_model(dataclasses.replace(settings, scheduler=name))
+        train_class_encoder(run, base, None, None)
 
 
 @pytest.mark.parametrize("size", [12, 20, 9])
