@@ -611,20 +611,20 @@ def draw_steps(table: pd.DataFrame, real: float, title: str):
     """CAS after each step of the pipeline."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4))
-    bars = axes.bar(
-        range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"]
-    )
-    for bar, row in zip(bars, table.itertuples(), strict=True):
-        text = f"{row.cas:.1f} %\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}\n{row.seconds:.0f} s"
-        axes.text(bar.get_x() + bar.get_width() / 2, 3, text, ha="center", va="bottom", size=8)
+    figure, axes = plt.subplots(figsize=(7, 4.4))
+    axes.bar(range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
     axes.axhline(real, color="black", lw=1.2, label=f"real images: {real:.1f} %")
     majority = table.majority.iloc[0]
     axes.axhline(majority, color="black", lw=1, ls="--", label=f"always the commonest class: {majority:.1f} %")
-    axes.legend(loc="upper left", fontsize=8)
-    labels = ["After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search"]
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+    names = ("After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search")
+    labels = [
+        f"{name}\n{row.cas:.1f} % in {row.seconds:.0f} s\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}"
+        for name, row in zip(names, table.itertuples(), strict=True)
+    ]
     axes.set_xticks(range(4), labels)
-    axes.set(ylabel="CAS (%)", ylim=(0, 120), title=title)
+    axes.set(ylabel="CAS (%)", ylim=(0, 102))
+    axes.set_title(title, pad=24)
     figure.tight_layout()
     return figure
 
