@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Collection
@@ -293,6 +294,7 @@ def load_base_model(settings: Settings) -> BaseModel:
             f"`base_image_size` is {settings.base_image_size}: the base model {source} halves it to whole pixels, so it has "
             f"to be a multiple of {scale}."
         )
+    check_scheduler_name(settings.scheduler)  # one that cannot sample is refused before the first training
     return BaseModel(
         source, folder, device, choose_precision(settings.precision, device), vae, unet, scheduler,
         text_encoder["max_position_embeddings"], variants, hashes,
@@ -389,19 +391,26 @@ def check_configs(unet: dict, vae: dict, scheduler: dict, text_encoder: dict) ->
         raise BadInput(f"it predicts {scheduler['prediction_type']}: epsilon and v_prediction are known.")
 
 
+def check_scheduler_name(name: str) -> None:
+    """Raises `BadInput` for what diffusers has no scheduler of. Read from its list, without importing it."""
+    package = Path(importlib.util.find_spec("diffusers").submodule_search_locations[0])
+    listed = re.findall(r'"(\w+Scheduler)"', (package / "schedulers" / "__init__.py").read_text(encoding="utf-8"))
+    if name not in listed:
+        raise BadInput(
+            f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler."
+        )
+
+
 def make_scheduler(name: str, config: dict) -> "SchedulerMixin":
     """A diffusers scheduler by class name, on the base model's noise schedule. Raises `BadInput` for one that cannot sample.
 
     For DDIM: `leading` timesteps offset by 1 and a final alpha of 1, the authors' sampler (METHOD: conventions); SD's own
     config says `set_alpha_to_one=False`.
     """
+    check_scheduler_name(name)
     import diffusers
 
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        raise BadInput(
-            f"`scheduler` is {name!r}: it has to be the class name of a diffusers scheduler, as DDIMScheduler."
-        )
+    kind = getattr(diffusers, name)
     leading = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="leading")
     try:
         scheduler = kind.from_config(config, **(leading if name == "DDIMScheduler" else {}))

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from sdlab.base_models import TINY, choose_device, choose_precision, load_base_model
+from sdlab.base_models import TINY, check_scheduler_name, choose_device, choose_precision, load_base_model
 from sdlab.run import sha256_of_file
 from sdlab.settings import BadInput
 from sdlab.training import train_class_encoder
@@ -290,9 +290,24 @@ def test_a_device_that_is_not_there_is_refused(name):
     "name", ["FlowMatchEulerDiscreteScheduler", "VQDiffusionScheduler", "DDIMInverseScheduler", "DDIM", "Unheard"]
 )
 def test_a_scheduler_that_cannot_sample_is_refused_before_the_first_training(settings, base, name):
+    """An unknown name already where the base model's configs are read."""
     run = SimpleNamespace(settings=dataclasses.replace(settings, scheduler=name))  # it has no folder to write to
     with pytest.raises(BadInput, match=f"`scheduler` is '{name}'"):
         train_class_encoder(run, base, None, None)
+    if not name.endswith("Scheduler"):
+        with pytest.raises(BadInput, match=f"`scheduler` is '{name}'"):
+            load_base_model(run.settings)
+
+
+def test_every_scheduler_that_diffusers_lists_is_known_by_name():
+    import diffusers
+
+    kinds = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
+    for name in kinds:
+        if isinstance(getattr(diffusers, name), type) and issubclass(
+            getattr(diffusers, name), diffusers.SchedulerMixin
+        ):
+            check_scheduler_name(name)
 
 
 @pytest.mark.parametrize("size", [12, 20, 9])
