@@ -34,11 +34,11 @@ $(VENV)/.done: environment.yml pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	sed -n '/- pip:/,$$ { s/ *#.*//; s/^ *- \(.*==.*\)/\1/p; }' environment.yml > $(VENV)/pins.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement $(VENV)/pins.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $(VENV)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	$(BIN)/python -m ipykernel install --sys-prefix --name sdlab --display-name sdlab > /dev/null
 	touch $@
 
 $(VENV)/reference/.done: $(VENV)/.done tests/requirements-reference.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/reference --requirement tests/requirements-reference.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --target $(VENV)/reference --requirement tests/requirements-reference.txt
 	touch $@

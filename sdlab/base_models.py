@@ -17,7 +17,7 @@ from safetensors import safe_open
 from sdlab.run import sha256_of_file, sha256_of_json
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
-if TYPE_CHECKING:  # diffusers takes seven seconds to import: whoever only reads results does without
+if TYPE_CHECKING:  # diffusers is the slowest import of all: whoever only reads results does without
     from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 
 TINY = Path(__file__).parent / "tiny"

@@ -1,7 +1,6 @@
 """A name, a folder or a file -> `ImageDataset`: real images in one form, whatever they come from."""
 
 import difflib
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +10,23 @@ from sdlab.official import CIFAR, CIFAR_FACTS, CIFAR_FOLDERS, cifar, medmnist, m
 from sdlab.own_images import own_images, own_path
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
-DIGITS_SPLITS = Path(__file__).parent / "digits_splits.txt"
-
 
 def digits() -> ImageDataset:
     """scikit-learn's digits: 1,797 scans of handwritten digits, 8 x 8 pixels of 17 greys (UCI, Alpaydin and Kaynak 1998).
 
-    Splits are fixed and stratified: 1000 train, 297 val, 500 test; a character a scan in digits_splits.txt. The scans are
-    read from scikit-learn's own file: importing the package takes two seconds, at the start of every notebook.
+    Splits are fixed and stratified: 1000 train, 297 val, 500 test.
     """
-    package = Path(importlib.util.find_spec("sklearn").submodule_search_locations[0])
-    table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
-    scans, labels = table[:, :-1], table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans, labels = load_digits(return_X_y=True)
     grey = np.round(scans.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = np.repeat(grey, 3, axis=1)
-    split_of = np.array(list(DIGITS_SPLITS.read_text().replace("\n", "")))
+    images, labels = np.repeat(grey, 3, axis=1), labels.astype(np.int64)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
+    train, val = train_test_split(rest, test_size=297, stratify=labels[rest], random_state=0)
     splits = {
-        name: Split(images[split_of == mark], labels[split_of == mark])
-        for name, mark in (("train", "-"), ("val", "v"), ("test", "t"))
+        name: Split(images[np.sort(i)], labels[np.sort(i)])
+        for name, i in (("train", train), ("val", val), ("test", test))
     }
     return ImageDataset("digits", "scikit-learn load_digits (UCI optdigits)", tuple("0123456789"), **splits)
 

@@ -485,7 +485,7 @@ def plan_sentences(plan: Mapping) -> list[str]:
         f"{plan['experiment']} on {plan['device']}: {plan['training_images']:,} training images of {plan['classes']} classes, base model "
         f"{plan['base_model']} (UNet of {plan['unet_parameters']:,} parameters){weights}.",
         "Time: steps (IS) in the middle of their range and trials pruned as the search's pruner prunes random ones; at most: the highest "
-        "IS, nothing pruned. The classifiers run to their last epoch. Imports are not counted (about ten seconds in each notebook; `sdlab run` on Linux without a GPU pays them once).",
+        "IS, nothing pruned. The classifiers run to their last epoch. Starting a notebook is not counted (some seconds each).",
         f"Disk: {size(plan['disk_peak_gb'])} at the peak, while a resume state is written beside the last one"
         + (
             f", and with the base model's weights ({size(plan['fetched_gb'])}, to be fetched)."

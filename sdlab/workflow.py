@@ -126,8 +126,6 @@ def execute(settings: Settings, step: Step) -> float:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from sdlab.kernels import kernel_manager
-
     logging.getLogger("papermill").setLevel(logging.ERROR)
     started, record = time.monotonic(), record_path(settings, step.number)
     before = record.read_bytes() if record.exists() else None
@@ -143,7 +141,6 @@ def execute(settings: Settings, step: Step) -> float:
                 extra_arguments=[
                     "--IPKernelApp.log_level=50"
                 ],  # a warning about TCP; what an interrupted kernel could not send
-                kernel_manager_class=kernel_manager(light=step.number > "05"),
             )
         except PapermillExecutionError as error:
             # A notebook that was refused before it opened its step leaves nothing.
@@ -247,7 +244,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         last_line = time.monotonic()
-        if self.on_terminal:  # a kernel imports for ten seconds before it has anything to say
+        if self.on_terminal:  # a kernel imports for some seconds before it has anything to say
             self.bar = tqdm(desc=f"{self.stem}: starting", bar_format="{desc}{elapsed}", leave=False)
         while not self.ended.wait(0.5):
             try:

@@ -149,7 +149,7 @@ def test_latents_are_scaled_as_the_vae_says(settings, base_folder, tmp_path):
 
 
 def test_results_are_read_without_importing_diffusers():
-    """It takes seven seconds: whoever opens a finished notebook waits for it only where images are drawn."""
+    """The slowest import of all: whoever opens a finished notebook waits for it only where images are drawn."""
     heavy = "diffusers", "torch._dynamo", "transformers", "torchvision", "medmnist", "sklearn", "scipy"
     code = (
         "import sys, sdlab.figures, sdlab.planning, sdlab.results, sdlab.search, sdlab.training;"

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from sdlab.datasets import load_dataset
 from sdlab.pixels import resize, to_model, to_uint8
@@ -26,16 +25,6 @@ def test_splits_are_stratified():
     data, share = digits(), np.bincount(load_digits().target) / 1797
     for split in data.splits.values():
         assert np.abs(np.bincount(split.labels) / len(split) - share).max() < 0.005
-
-
-def test_the_split_file_is_what_scikit_learn_draws():
-    labels = load_digits().target
-    rest, test = train_test_split(np.arange(1797), test_size=500, stratify=labels, random_state=0)
-    train, val = train_test_split(rest, test_size=297, stratify=labels[rest], random_state=0)
-    for split, drawn in zip(digits().splits.values(), (train, val, test), strict=True):
-        assert np.array_equal(split.labels, labels[np.sort(drawn)])
-        scans = load_digits().images[np.sort(drawn)]
-        assert np.array_equal(split.images[:, 0], np.round(scans * 255 / 16).astype(np.uint8))
 
 
 def test_splits_are_fixed():

@@ -18,7 +18,7 @@ from sdlab.settings import PROJECT_ROOT
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = ("paper", "settings", "run", "images", "official", "own_images", "datasets", "pixels", "importance", "figures", "results", "base_models", "class_encoder",
-         "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "planning", "kernels", "workflow")  # fmt: skip
+         "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "planning", "workflow")  # fmt: skip
 
 
 def pins() -> dict[str, str]:
