@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= digits
 
-.PHONY: demo test full-size lab dashboard lint setup
+.PHONY: demo test full-size benchmarks lab dashboard lint setup
 
 demo: setup  ## The whole pipeline on the embedded data set and base model
 	$(BIN)/sdlab run digits
@@ -14,6 +14,9 @@ test: setup $(VENV)/reference/.done  ## Unit and property tests, and every noteb
 
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py
+
+benchmarks: setup $(VENV)/reference/.done  ## Each part timed beside what one would otherwise run: minutes on a quiet machine
+	$(BIN)/sdlab benchmark benchmarks
 
 lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks

@@ -169,6 +169,10 @@ class Settings:
     scaling_max: int = setting(10, "largest synthetic set, in sizes of the real training set", steps="05", low=1)
     importance_forests: int = setting(20, "fANOVA forests, one a seed: mean and spread", steps="06", low=1)
 
+    # Notebook 08, which belongs to no experiment.
+    benchmark_images: int = setting(250, "images that notebook 08 generates, and trains an epoch on", low=2)
+    benchmark_repetitions: int = setting(5, "of every measurement of notebook 08", low=2)
+
     # ------------------------------------------------------------------------------------------- reading
 
     @classmethod

@@ -25,7 +25,7 @@ from sdlab.results import (
     tables_are_current,
     to_markdown,
 )
-from sdlab.run import STEPS, Lock, Step, check_step, record_path, step_state
+from sdlab.run import BENCHMARKS, STEPS, Lock, Step, check_step, record_path, step_state
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -315,6 +315,17 @@ def plan(settings: Settings, again: bool) -> None:
     click.echo(f"{first}\n")
     click.echo(plain_table(to_markdown(plan_table(made, took))))
     click.echo("\n" + "\n".join(sentences))
+
+
+@cli.command()
+@with_settings
+def benchmark(settings: Settings) -> None:
+    """Time each part beside what one would otherwise run, on this machine (notebook 08)."""
+    os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
+    seconds = execute(settings, BENCHMARKS)
+    publish(settings)
+    click.echo((settings.report_folder / "benchmarks.md").read_text(encoding="utf-8"))
+    click.echo(f"{shown(settings.report_folder)}/, in {seconds / 60:.1f} minutes.")
 
 
 @cli.command()

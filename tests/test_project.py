@@ -12,13 +12,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sdlab.run import STEPS
+from sdlab.run import BENCHMARKS, STEPS
 from sdlab.settings import PROJECT_ROOT
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = ("paper", "settings", "run", "images", "official", "own_images", "datasets", "pixels", "importance", "figures", "results", "base_models", "class_encoder",
-         "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "planning", "workflow")  # fmt: skip
+         "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "planning", "benchmarks", "workflow")  # fmt: skip
 
 
 def pins() -> dict[str, str]:
@@ -100,7 +100,7 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_there_is_a_notebook_for_every_step():
-    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in STEPS.values()]
+    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in (*STEPS.values(), BENCHMARKS)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -109,7 +109,7 @@ def test_notebooks_are_thin_stripped_and_have_one_parameters_cell(path):
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert not any(c.outputs or c.execution_count for c in code)
     (parameters,) = [c for c in code if "parameters" in c.metadata.get("tags", [])]
-    assert 'experiment = "digits"' in parameters.source
+    assert parameters.source.startswith('experiment = "')
     assert "Settings.from_notebook(locals())" in code[1].source
     lines = [line for c in code for line in c.source.splitlines() if line.strip()]
     assert len(lines) <= 110 and not [line for line in lines if line.startswith(("def ", "class "))]

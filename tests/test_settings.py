@@ -135,7 +135,17 @@ def test_assigned_names_takes_plain_values_only():
 
 
 def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
-    free = {"experiment", "runs_root", "reports_root", "storage", "device", "num_threads", "data_root"}
+    free = {
+        "experiment",
+        "runs_root",
+        "reports_root",
+        "storage",
+        "device",
+        "num_threads",
+        "data_root",
+        "benchmark_images",
+        "benchmark_repetitions",
+    }
     for f in dataclasses.fields(Settings):
         assert f.metadata["text"]
         assert bool(f.metadata["steps"]) != (f.name in free), f.name

@@ -1,0 +1,110 @@
+"""How cheap can a set be made that trains as well: CAS of cheaper samplers beside 50-step DDIM, paired by seed.
+
+    .venv/bin/python scripts/compare_samplers.py runs/digits --seeds 10
+
+On a finished experiment's chosen checkpoints. Each seed gives every sampler the same noise and the same classifier
+seeds, so that differences are paired. CAS is read on validation images. What is done is kept in `--state` and not done again.
+"""
+
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import click
+import torch
+import yaml
+from scipy.stats import t as student
+from tqdm import tqdm
+
+from sdlab.base_models import load_base_model, make_scheduler
+from sdlab.datasets import load_dataset
+from sdlab.evaluation import OperatingPoint, judge, load_pipeline
+from sdlab.generation import GenerationPlan, generate_images, uniform_labels
+from sdlab.images import Split
+from sdlab.run import read_json, write_json
+from sdlab.settings import Settings
+from sdlab.training import derive_seed
+
+# name -> scheduler, steps, guidance (None: the search's optimum)
+SAMPLERS = {
+    "DDIM 50": ("DDIMScheduler", 50, None),
+    "DDIM 10": ("DDIMScheduler", 10, None),
+    "DPM-Solver++ 10": ("DPMSolverMultistepScheduler", 10, None),
+    "DPM-Solver++ 10, guidance 1": ("DPMSolverMultistepScheduler", 10, 1.0),
+    "DPM-Solver++ 6, guidance 1": ("DPMSolverMultistepScheduler", 6, 1.0),
+}
+
+
+class Experiment:
+    """Only what is needed of a `Run`, without its lock: nothing is written into the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings = Settings.from_mapping(yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8")))
+
+
+def measured(run: Experiment, base, data, point: OperatingPoint, sampler: str, seed: int) -> dict:
+    """CAS (mean over the settings' classifier seeds) and seconds of generating the training images of one seed."""
+    scheduler, steps, guidance = SAMPLERS[sampler]
+    s = run.settings
+    guidance = point.guidance_scale if guidance is None else guidance
+    pipeline = load_pipeline(run, base, point)
+    pipeline.scheduler = make_scheduler(scheduler, base.scheduler_config)
+    labels = uniform_labels(data.num_classes)
+    plan = GenerationPlan("", scheduler, steps, guidance, labels, derive_seed(seed, "samplers"), s.base_image_size,
+                          data.image_size, s.shard_size)  # fmt: skip
+    started = time.perf_counter()
+    shards = [
+        generate_images(pipeline, plan, range(first, first + s.shard_size))
+        for first in range(0, s.search_images, s.shard_size)
+    ]
+    seconds = time.perf_counter() - started
+    images = torch.cat([torch.from_numpy(shard) for shard in shards]).numpy()
+    seeds = [derive_seed(seed, "sampler's classifier", i) for i in range(s.classifier_seeds)]
+    scores = judge(Split(images, plan.labels_of(0, len(images))), data, s, seeds, ["val"], silent)["val"]
+    return dict(cas=100 * statistics.mean(score.accuracy for score in scores), seconds=seconds)
+
+
+def silent(**more):
+    return tqdm(**more, disable=True)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@click.option("--seeds", default=10, show_default=True)
+@click.option("--state", default=Path("runs/samplers.json"), type=click.Path(path_type=Path), show_default=True)
+def main(folder: Path, seeds: int, state: Path) -> None:
+    run = Experiment(folder)
+    data, base = load_dataset(run.settings), load_base_model(run.settings)
+    point = OperatingPoint(**read_json(folder / "metrics" / "search_2.json")["best"]["point"])
+    done = json.loads(state.read_text()) if state.exists() else {}
+    for seed in range(seeds):
+        for sampler in SAMPLERS:
+            if f"{sampler}/{seed}" not in done:
+                done[f"{sampler}/{seed}"] = measured(run, base, data, point, sampler, seed)
+                write_json(state, done)
+                print(sampler, seed, done[f"{sampler}/{seed}"], flush=True)
+    first = next(iter(SAMPLERS))
+    print(
+        f"\n{point}, {run.settings.search_images} images, {run.settings.classifier_seeds} classifiers a seed, {seeds} seeds"
+    )
+    for sampler in SAMPLERS:
+        cas = [done[f"{sampler}/{seed}"]["cas"] for seed in range(seeds)]
+        differences = [c - done[f"{first}/{seed}"]["cas"] for seed, c in enumerate(cas)]
+        ratios = [done[f"{first}/{seed}"]["seconds"] / done[f"{sampler}/{seed}"]["seconds"] for seed in range(seeds)]
+        half = (
+            student.ppf(0.975, seeds - 1) * statistics.stdev(differences) / math.sqrt(seeds)
+            if sampler != first
+            else 0.0
+        )
+        mean = statistics.mean(differences)
+        print(
+            f"| {sampler} | {statistics.mean(cas):.2f} | {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) | "
+            f"{statistics.median(ratios):.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
