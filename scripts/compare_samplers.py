@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import click
-import torch
+import numpy as np
 import yaml
 from scipy.stats import t as student
 from tqdm import tqdm
@@ -61,7 +61,7 @@ def measured(run: Experiment, base, data, point: OperatingPoint, sampler: str, s
         for first in range(0, s.search_images, s.shard_size)
     ]
     seconds = time.perf_counter() - started
-    images = torch.cat([torch.from_numpy(shard) for shard in shards]).numpy()
+    images = np.concatenate(shards)
     seeds = [derive_seed(seed, "sampler's classifier", i) for i in range(s.classifier_seeds)]
     scores = judge(Split(images, plan.labels_of(0, len(images))), data, s, seeds, ["val"], silent)["val"]
     return dict(cas=100 * statistics.mean(score.accuracy for score in scores), seconds=seconds)

@@ -410,9 +410,9 @@ def make_scheduler(name: str, config: dict) -> "SchedulerMixin":
     check_scheduler_name(name)
     import diffusers
 
-    kind = getattr(diffusers, name)
     leading = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="leading")
     try:
+        kind = getattr(diffusers, name)  # a few that it lists are made for other models, and hidden
         scheduler = kind.from_config(config, **(leading if name == "DDIMScheduler" else {}))
         rehearse(scheduler)
     except Exception as error:

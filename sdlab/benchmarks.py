@@ -179,22 +179,23 @@ class Generation:
             f"{plan.guidance_scale:g}, {str(self.base.dtype).removeprefix('torch.')}"
         )
 
-    def inputs(self, count: int) -> tuple[np.ndarray, torch.Tensor]:
-        noise = self.pipeline.noise([derive_seed(0, i) for i in range(count)], self.settings.base_image_size)
-        return self.plan.labels_of(0, count), noise
+    def inputs(self, first: int, last: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Labels and noise of these images, as our shards have them."""
+        seeds = [derive_seed(self.plan.seed, i) for i in range(first, last)]
+        return self.plan.labels_of(first, last), self.pipeline.noise(seeds, self.plan.base_size)
 
     def their_images(self, first: int, last: int, output_type: str) -> Any:
-        labels, noise = self.inputs(last)
+        labels, noise = self.inputs(first, last)
         table = self.table.table().to(self.base.unet.dtype)
         return self.theirs(
-            prompt_embeds=table[labels[first:last]], negative_prompt_embeds=table[-1:].repeat(last - first, 1, 1),
+            prompt_embeds=table[labels], negative_prompt_embeds=table[-1:].repeat(last - first, 1, 1),
             num_inference_steps=self.plan.num_inference_steps, guidance_scale=self.plan.guidance_scale,
-            latents=noise[first:last].to(self.base.device, self.base.unet.dtype), output_type=output_type,
+            latents=noise.to(self.base.device, self.base.unet.dtype), output_type=output_type,
         ).images  # fmt: skip
 
     def difference(self, count: int = 4) -> float:
         """The largest difference of a pixel in [0, 1] between the two."""
-        labels, noise = self.inputs(count)
+        labels, noise = self.inputs(0, count)
         ours = self.pipeline(
             labels, self.plan.num_inference_steps, self.plan.guidance_scale, latents=noise, output_type="np"
         ).images

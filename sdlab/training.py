@@ -177,7 +177,7 @@ def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: 
     from sdlab.class_encoder import ClassEncoder
 
     s = run.settings
-    make_scheduler(s.scheduler, base.scheduler_config)  # refuse an unknown one now, not after the training
+    make_scheduler(s.scheduler, base.scheduler_config)  # refuse one that cannot sample now, not after the training
     plan = TrainingPlan("class_encoder", s.class_encoder_epochs, s.class_encoder_batch_size, s.class_encoder_learning_rate,
                         s.weight_decay, s.max_grad_norm, s.seed)  # fmt: skip
     with torch.random.fork_rng(devices=[]):

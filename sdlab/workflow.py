@@ -115,7 +115,7 @@ def fetch_base_model(settings: Settings) -> None:
     """Fetch a hub's base model with the hub's own bars, before any notebook starts."""
     name = settings.base_model
     if name != "tiny" and not (PROJECT_ROOT / Path(name).expanduser()).is_dir():
-        from sdlab.base_models import base_model_folder  # torch and diffusers are slow to import
+        from sdlab.base_models import base_model_folder  # torch is slow to import
 
         base_model_folder(settings)
 
@@ -127,6 +127,8 @@ def execute(settings: Settings, step: Step) -> float:
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    # An interrupt may leave a task that waited for the kernel: its complaint would follow our own sentence.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     started, record = time.monotonic(), record_path(settings, step.number)
     before = record.read_bytes() if record.exists() else None
     with tempfile.TemporaryDirectory() as scratch, Watcher(settings.run_folder / "progress.json", step.stem):

@@ -202,19 +202,19 @@ def test_a_damaged_checkpoint_stops_with_its_name_and_the_failing_notebook_is_ke
     assert any(o.output_type == "error" and "is damaged" in o.evalue for o in outputs)
 
 
-def kernels() -> int:
-    """How many notebook kernels run on this machine."""
+def kernels_of(pid: int) -> int:
+    """How many notebook kernels a process has started that are still there."""
     count = 0
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            count += b"ipykernel_launcher" in path.read_bytes()
+            started = f"JPY_PARENT_PID={pid}\0".encode() in (path / "environ").read_bytes()
+            count += started and b"ipykernel_launcher" in (path / "cmdline").read_bytes()
     return count
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at processes as Linux shows them")
 def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path):
     """Ctrl-C at the terminal reaches the whole process group."""
-    there = kernels()
     where = ("-p", "runs_root", tmp_path / "runs", "-p", "reports_root", tmp_path / "reports", "--until", "01")
     arguments = [str(a) for a in (BIN / "sdlab", "run", world / "smoke.yaml", *where)]
     process = subprocess.Popen(
@@ -224,15 +224,16 @@ def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path
         if (tmp_path / "runs/smoke/class_encoder/epoch_01").exists():
             break
         time.sleep(0.1)
+    assert kernels_of(process.pid) == 1
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Stopped during 01_class_encoder: the same command goes on" in err
     assert "Traceback" not in err
     for _ in range(100):
-        if kernels() <= there:
+        if not kernels_of(process.pid):
             break
         time.sleep(0.1)
-    assert kernels() <= there
+    assert not kernels_of(process.pid)
     done = command(*arguments)
     assert done.returncode == 0 and "00_data_and_base_model   finished before, skipped" in done.stdout
 
