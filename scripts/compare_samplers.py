@@ -53,7 +53,7 @@ def measured(run: Experiment, base, data, point: OperatingPoint, sampler: str, s
     pipeline = load_pipeline(run, base, point)
     pipeline.scheduler = make_scheduler(scheduler, base.scheduler_config)
     labels = uniform_labels(data.num_classes)
-    plan = GenerationPlan("", scheduler, steps, guidance, labels, derive_seed(seed, "samplers"), s.base_image_size,
+    plan = GenerationPlan("", scheduler, steps, guidance, (0.0, 1.0), labels, derive_seed(seed, "samplers"), s.base_image_size,
                           data.image_size, s.shard_size)  # fmt: skip
     started = time.perf_counter()
     shards = [

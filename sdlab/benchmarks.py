@@ -165,7 +165,7 @@ class Generation:
             base.vae, base.unet, self.table, make_scheduler(settings.scheduler, base.scheduler_config)
         )
         self.plan = GenerationPlan(
-            "benchmark", settings.scheduler, settings.default_num_inference_steps, settings.default_guidance_scale,
+            "benchmark", settings.scheduler, settings.default_num_inference_steps, settings.default_guidance_scale, (0.0, 1.0),
             uniform_labels(num_classes), 0, settings.base_image_size, settings.base_image_size, settings.shard_size,
         )  # fmt: skip
         self.theirs = stable_diffusion_pipeline(base, make_scheduler(settings.scheduler, base.scheduler_config))

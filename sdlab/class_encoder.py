@@ -1,7 +1,9 @@
 """Class vectors -> conditioning: the Class-Encoder that takes the text encoder's place (section 3 of the paper)."""
 
+import copy
+
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 
 
@@ -62,3 +64,34 @@ class ClassTable(ModelMixin, ConfigMixin):
         variances = torch.linalg.svdvals(classes - classes.mean(0)).square()
         ratios = variances / variances.sum()
         return float(torch.special.entr(ratios).sum().exp())
+
+
+class ProjectedConditions(torch.nn.Module):
+    """In the place of a cross-attention's key or value projection: what it makes of each condition, made once."""
+
+    def __init__(self, projection: torch.nn.Module, table: torch.Tensor):
+        super().__init__()
+        self.register_buffer("projected", projection(table), persistent=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, (n, 1, 1) -> keys or values (n, tokens, inner width)."""
+        return self.projected[rows.flatten()]
+
+
+@torch.no_grad()
+def with_projected_conditions(unet: UNet2DConditionModel, table: torch.Tensor) -> UNet2DConditionModel:
+    """The same UNet for sampling from few conditions: its `encoder_hidden_states` are rows of `table`, (n, 1, 1) integers.
+
+    `table` is (num_classes + 1, tokens, width). All images of a class have the same keys and values at every step, which
+    are 8.5 % of SD 2.0's arithmetic where each image projects its own 77 tokens. Weights are shared with `unet`, which
+    stays as it is; what is projected does not follow a later change of them.
+    """
+    table = table.to(unet.device, unet.dtype)
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    sampling = copy.deepcopy(unet, shared)
+    for module in list(sampling.modules()):
+        if getattr(module, "is_cross_attention", False):
+            module.to_k = ProjectedConditions(module.to_k, table)
+            module.to_v = ProjectedConditions(module.to_v, table)
+    sampling.takes_rows = True
+    return sampling

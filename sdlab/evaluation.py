@@ -7,7 +7,6 @@ generated images only.
 import math
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels
 from sdlab.images import ImageDataset, Split
 from sdlab.run import Run, read_json, sha256_of_json
 from sdlab.settings import Settings
+from sdlab.threads import in_threads
 from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> "ClassCon
     """The pipeline of an operating point's checkpoints. Raises `BadInput` for one that is missing or damaged."""
     from diffusers import UNet2DConditionModel  # slow to import
 
-    from sdlab.class_encoder import ClassTable
+    from sdlab.class_encoder import ClassTable, with_projected_conditions
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
     device = base.device
@@ -53,6 +53,9 @@ def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> "ClassCon
     else:
         unet = base.unet
     scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
+    unet = with_projected_conditions(unet, table.table())
+    if run.settings.compile_unet:
+        unet.compile(dynamic=False)
     return ClassConditionalStableDiffusionPipeline(base.vae, unet, table, scheduler)
 
 
@@ -68,6 +71,7 @@ def plan_generation(
         scheduler=run.settings.scheduler,
         num_inference_steps=point.num_inference_steps,
         guidance_scale=float(point.guidance_scale),
+        guidance_interval=(run.settings.guidance_start, run.settings.guidance_stop),
         labels=tuple(labels) if labels is not None else uniform_labels(data.num_classes),
         seed=seed,
         base_size=run.settings.base_image_size,
@@ -106,41 +110,25 @@ def judge(
 ) -> dict[str, list[Score]]:
     """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed.
 
-    On a CPU as many at a time as torch has threads, which they share: a small classifier's operations are too short to
-    be divided among threads.
+    On a CPU as many at a time as torch has threads, which they share.
     """
     recipe = Recipe.of(settings, searching)
     device = choose_device(settings.device)
-    threads = torch.get_num_threads()
-    workers = min(len(seeds), threads) if device.type == "cpu" else 1
-    counting, stopped = threading.Lock(), threading.Event()
+    workers = min(len(seeds), torch.get_num_threads()) if device.type == "cpu" else 1
+    counting = threading.Lock()
 
-    def train_one(seed: int) -> list[Score]:
+    def train_one(seed: int, go_on: Callable[[], None]) -> list[Score]:
+        def after_epoch() -> None:
+            go_on()
+            with counting:
+                bar.update()
+
         trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, after_epoch)
         return [score(trained.model, data.splits[name]) for name in splits]
 
-    def after_epoch() -> None:
-        if stopped.is_set():
-            raise CancelledError
-        with counting:
-            bar.update()
-
     desc = f"{desc}: {len(seeds)} classifier{'s' if len(seeds) > 1 else ''}"
     with progress(total=len(seeds) * recipe.epochs, desc=desc, unit="epoch") as bar:
-        if workers == 1:
-            scores = [train_one(seed) for seed in seeds]
-        else:
-            torch.set_num_threads(threads // workers)  # what the pool's threads begin with
-            try:
-                with ThreadPoolExecutor(workers) as pool:
-                    try:
-                        scores = list(pool.map(train_one, seeds))
-                    except BaseException:  # an interrupt, too, ends the others at their next epoch
-                        stopped.set()
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
-            finally:
-                torch.set_num_threads(threads)
+        scores = in_threads(train_one, seeds, workers)
     return dict(zip(splits, map(list, zip(*scores, strict=True)), strict=True))
 
 
@@ -207,8 +195,19 @@ def scale_up(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoin
 
 def make_pool(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, count: int) -> SyntheticSet:
     """The first `count` images of the set that Table 2 is filled from."""
-    seed = derive_seed(run.settings.seed, "table 2")
-    return make_set(run, base, data, point, count, seed, real_labels(data.train.labels), desc="pool")
+    return make_set(run, base, data, point, count, pool_seed(run), real_labels(data.train.labels), desc="pool")
+
+
+def pool_seed(run: Run) -> int:
+    return derive_seed(run.settings.seed, "table 2")
+
+
+def scaling_record(run: Run, base: BaseModel, data: ImageDataset, point: OperatingPoint, chosen: dict) -> dict:
+    """What notebook 05 leaves: the chosen size, by which protocol, and where the pool is."""
+    plan = plan_generation(run, base, data, point, pool_seed(run), real_labels(data.train.labels))
+    images = run.settings.scaling_max * len(data.train)
+    pool = dict(synthetic=plan.key(), images=images, classes=list(data.class_names), point=asdict(point))
+    return dict(chosen=chosen["title"], protocol=run.settings.protocol, pool=pool)
 
 
 def deciding_split(protocol: str) -> str:

@@ -8,6 +8,7 @@ work and of resume: its bytes do not depend on how many others are made, by whom
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+import torch
+from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from sdlab.images import Split
 from sdlab.pixels import to_uint8
 from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside
-from sdlab.settings import BadInput
+from sdlab.shards import shard_path, stored_shards
+from sdlab.threads import in_threads
 from sdlab.training import derive_seed
 
 if TYPE_CHECKING:  # needs diffusers, which is slow to import
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+
+SMALLEST_PART = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class GenerationPlan:
     scheduler: str
     num_inference_steps: int
     guidance_scale: float
+    guidance_interval: tuple[float, float]  # shares of the steps
     labels: tuple[int, ...]  # one period of the endless label sequence
     seed: int
     base_size: int  # pixels the base model makes
@@ -76,7 +82,7 @@ class SyntheticSet:
         return read_json(path) if path.exists() else {"plan": plan, "shards": {}}
 
     def shard(self, index: int) -> Path:
-        return self.folder / f"shard_{index:05d}.safetensors"
+        return shard_path(self.folder, index)
 
     def shards_for(self, count: int) -> int:
         return -(-count // self.plan.shard_size)
@@ -89,17 +95,12 @@ class SyntheticSet:
 
     def split(self, count: int) -> Split:
         """The first `count` images, each shard checked against its hash. Raises `BadInput` for a damaged one."""
-        shards, images = self.manifest["shards"], []
-        for index in range(self.shards_for(count)):
-            path = self.shard(index)
-            if not path.is_file() or str(index) not in shards:
-                raise BadInput(f"{path} is missing: run its step again, which makes it.")
-            if sha256_of_file(path) != shards[str(index)]["sha256"]:
-                raise BadInput(
-                    f"{path} is truncated or altered: move it away and run its step again, which makes it anew."
-                )
-            images.append(load_file(path)["images"])
-        return Split(np.concatenate(images)[:count], self.plan.labels_of(0, count))
+        images = None
+        for index, (part, _) in enumerate(stored_shards(self.folder, count)):
+            if images is None:  # filled as the shards come: never held twice
+                images = np.empty((count, *part.shape[1:]), np.uint8)
+            images[index * self.plan.shard_size :][: len(part)] = part
+        return Split(images, self.plan.labels_of(0, count))
 
     def fingerprint(self, count: int) -> str:
         """One hash for the first `count` images' shards."""
@@ -146,23 +147,44 @@ def generate_images(
 ) -> np.ndarray:
     """Images of these places in the sequence: uint8 (n, 3, image_size, image_size).
 
-    `made` hears how many more images' worth of denoising is done, n in all.
+    `made` hears how many more images' worth of denoising is done, n in all. On a CPU they are made in a few parts at a
+    time, each with its share of torch's threads.
     """
-    steps = 0
+    counting, steps = threading.Lock(), 0
 
-    def after_step():
-        nonlocal steps
-        before, steps = len(indices) * steps // plan.num_inference_steps, steps + 1
-        if made is not None and steps <= plan.num_inference_steps:  # second-order schedulers make more
-            made(len(indices) * steps // plan.num_inference_steps - before)
+    def make(part: Sequence[int], go_on: Callable[[], None]) -> np.ndarray:
+        def after_step() -> None:
+            nonlocal steps, mine
+            go_on()
+            mine += 1
+            if made is None or mine > plan.num_inference_steps:  # second-order schedulers make more
+                return
+            with counting:
+                before, steps = steps // plan.num_inference_steps, steps + len(part)
+                made(steps // plan.num_inference_steps - before)
 
-    output = pipeline(
-        labels=plan.labels_of(indices[0], indices[-1] + 1),
-        num_inference_steps=plan.num_inference_steps,
-        guidance_scale=plan.guidance_scale,
-        seeds=[derive_seed(plan.seed, i) for i in indices],
-        size=plan.base_size,
-        output_type="pt",
-        after_step=after_step,
-    )
-    return to_uint8(output.images, plan.image_size)
+        mine = 0
+        output = pipeline.at_work()(
+            labels=plan.labels_of(part[0], part[-1] + 1),
+            num_inference_steps=plan.num_inference_steps,
+            guidance_scale=plan.guidance_scale,
+            guidance_start=plan.guidance_interval[0],
+            guidance_stop=plan.guidance_interval[1],
+            seeds=[derive_seed(plan.seed, i) for i in part],
+            size=plan.base_size,
+            output_type="pt",
+            after_step=after_step,
+        )
+        return to_uint8(output.images, plan.image_size)
+
+    workers = parts_at_a_time(len(indices), pipeline.device)
+    parts = [indices[i : i + -(-len(indices) // workers)] for i in range(0, len(indices), -(-len(indices) // workers))]
+    return np.concatenate(in_threads(make, parts, workers))
+
+
+def parts_at_a_time(count: int, device: torch.device) -> int:
+    """On a CPU one part a thread, of at least `SMALLEST_PART` images: smaller batches cost more an image."""
+    if device.type != "cpu":
+        return 1
+    threads = torch.get_num_threads()
+    return max(p for p in range(1, max(1, count // SMALLEST_PART) + 1) if threads % p == 0)

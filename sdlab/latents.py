@@ -11,13 +11,17 @@ from tqdm.auto import tqdm
 from sdlab.base_models import BaseModel
 from sdlab.pixels import to_model
 from sdlab.run import sha256_of_json, written_beside
+from sdlab.settings import BadInput
 
 ENCODE_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and standard deviation of each image's latent posterior, (n, channels, h, w) each, before scaling."""
+    """Mean and standard deviation of each image's latent posterior, (n, channels, h, w) each, before scaling.
+
+    Kept in half precision: 4 KiB an image at SD 2.0's 128 px, 205 MB for 50,000.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -28,7 +32,7 @@ class Moments:
 
     def sample(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Fresh latents of these images, scaled as the UNet expects them."""
-        mean, std = self.mean[indices], self.std[indices]
+        mean, std = self.mean[indices].float(), self.std[indices].float()
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         return (mean + std * noise) * self.scaling_factor
 
@@ -46,10 +50,10 @@ def encode_images(
     """Moments of `count` images at `size` pixels, from `path` if they were made from the same before.
 
     `images` gives those of a range of places: uint8 (n, 3, h, w). `made_from` names images and their order (a
-    fingerprint); the VAE's hash is added to it here.
+    fingerprint); the VAE's hash is added to it here. Raises `BadInput` if the VAE's answer is not finite.
     """
     vae_sha = {name: sha for name, sha in base.sha256.items() if name.startswith("vae/")}
-    key = sha256_of_json([made_from, vae_sha, size])
+    key = sha256_of_json([made_from, vae_sha, size, "float16"])
     device = base.device
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
@@ -61,9 +65,14 @@ def encode_images(
         for start in range(0, count, ENCODE_BATCH):
             batch = to_model(images(range(start, min(start + ENCODE_BATCH, count))), size).to(device)
             posterior = base.vae.encode(batch).latent_dist
-            parts.append((posterior.mean.float(), posterior.std.float()))
+            parts.append((posterior.mean.half(), posterior.std.half()))
             bar.update(len(batch))
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not torch.isfinite(mean).all() or not torch.isfinite(std).all():
+        raise BadInput(
+            f"The VAE's posterior of the training images is not finite, or beyond the range of float16 (largest mean "
+            f"{mean.abs().max():.3g}): is `base_model` whole, and of the right kind?"
+        )
     with written_beside(path) as beside, beside.open("wb") as file:
         np.savez(file, mean=mean.cpu().numpy(), std=std.cpu().numpy(), made_from=key)
     return Moments(mean, std, base.scaling_factor)

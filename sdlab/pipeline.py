@@ -1,5 +1,6 @@
 """Labels, steps, guidance, seeds -> images: Stable Diffusion conditioned on classes, as a diffusers pipeline."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class ClassConditionalOutput(BaseOutput):
 class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
     """Class-conditional latent diffusion: the Class-Encoder, or its table, in the place of tokenizer and text encoder.
 
-    Denoises in the UNet's dtype and decodes in it by autocast.
+    Denoises in the UNet's dtype and decodes in it by autocast. The UNet may be one of `with_projected_conditions`.
     """
 
     model_cpu_offload_seq = "class_encoder->unet->vae"
@@ -49,6 +50,8 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         labels: Sequence[int] | torch.Tensor,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
         seeds: Sequence[int] | None = None,
         latents: torch.Tensor | None = None,
         size: int | None = None,
@@ -63,6 +66,8 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             num_inference_steps: IS, at least 1. Exactly so many scheduler steps are made by first-order schedulers.
             guidance_scale: UGS >= 0 in `uncond + UGS * (cond - uncond)`. 1 is plain conditional and 0 unconditional
                 sampling, one pass each; every other value, those in (0, 1) too, makes both passes in one batch.
+            guidance_start, guidance_stop: guidance acts from this share of the steps on, and until before that one; the
+                other steps are plain conditional (Kynkaanniemi et al. 2024). The paper's are 0 and 1.
             seeds: n seeds, one an image: an image depends on its own seed, whatever the batch.
             latents: (n, channels, h, w) standard normal noise instead of `seeds`. One of the two is needed.
             size: side of the image in pixels; default: the UNet's own `sample_size`.
@@ -70,28 +75,31 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             after_step: called after each step, for progress.
 
         Raises:
-            BadInput: a label, step count or guidance outside its range, or neither seeds nor latents.
+            BadInput: a label, step count, guidance or its interval outside its range, or neither seeds nor latents.
         """
         labels = torch.as_tensor(labels, device=self._execution_device, dtype=torch.long)
-        self.check(labels, num_inference_steps, guidance_scale, seeds, latents)
-        table = self.class_encoder.table().to(self.unet.dtype)
-        cond = table[labels]
-        uncond = table[-1:].expand(len(labels), -1, -1)
+        self.check(labels, num_inference_steps, guidance_scale, (guidance_start, guidance_stop), seeds, latents)
+        cond, uncond = self.conditions(labels)
         if latents is None:
             latents = self.noise(seeds, size)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        # The scheduler's own arithmetic stays on the CPU: a step that read a timestep off a GPU would wait for it.
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps
         latents = latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
         extra = self.step_generators(seeds)
+        first, end = int(guidance_start * len(timesteps)), int(guidance_stop * len(timesteps))
 
-        for timestep in self.scheduler.timesteps:
-            if guidance_scale in (0, 1):
-                condition = cond if guidance_scale == 1 else uncond
-                noise_pred = self.unet(self.scheduler.scale_model_input(latents, timestep), timestep, condition).sample
+        for step, (timestep, timestep_there) in enumerate(zip(timesteps, timesteps.to(latents.device), strict=True)):
+            scale = guidance_scale if first <= step < end else 1
+            if scale in (0, 1):
+                condition = cond if scale == 1 else uncond
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                noise_pred = self.unet(model_input, timestep_there, condition).sample
             else:
-                doubled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-                noise_pred = self.unet(doubled, timestep, torch.cat([uncond, cond])).sample
+                model_input = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+                noise_pred = self.unet(model_input, timestep_there, torch.cat([uncond, cond])).sample
                 noise_pred_uncond, noise_pred_cond = noise_pred.chunk(2)
-                noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_cond - noise_pred_uncond)
+                noise_pred = noise_pred_uncond + scale * (noise_pred_cond - noise_pred_uncond)
             latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
             if after_step:
                 after_step()
@@ -106,7 +114,19 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type=output_type)
         return ClassConditionalOutput(images) if return_dict else (images,)
 
-    def check(self, labels, num_inference_steps, guidance_scale, seeds, latents) -> None:
+    def at_work(self) -> "ClassConditionalStableDiffusionPipeline":
+        """The same models with a scheduler of their own, which counts steps: for one of several threads."""
+        return type(self)(self.vae, self.unet, self.class_encoder, copy.deepcopy(self.scheduler))
+
+    def conditions(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the UNet is told of each image: its condition, and the null condition, as it takes them."""
+        if getattr(self.unet, "takes_rows", False):
+            cond = labels.view(-1, 1, 1)
+            return cond, torch.full_like(cond, self.class_encoder.config.num_classes)
+        table = self.class_encoder.table().to(self.unet.dtype)
+        return table[labels], table[-1:].expand(len(labels), -1, -1)
+
+    def check(self, labels, num_inference_steps, guidance_scale, interval, seeds, latents) -> None:
         """Raises `BadInput`: found, allowed."""
         classes = self.class_encoder.config.num_classes
         if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= classes:
@@ -118,6 +138,11 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             raise BadInput(f"`num_inference_steps` is {num_inference_steps}: allowed is 1 to {most}.")
         if not 0 <= guidance_scale < float("inf"):
             raise BadInput(f"`guidance_scale` is {guidance_scale}: allowed is 0 or more.")
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise BadInput(
+                f"`guidance_start` and `guidance_stop` are {interval[0]} and {interval[1]}: allowed are shares of the steps, 0 to 1, "
+                "the first not above the second."
+            )
         if (seeds is None) == (latents is None):
             raise BadInput("Give either `seeds` (one an image) or `latents`.")
         count = len(seeds) if latents is None else len(latents)

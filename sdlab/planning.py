@@ -66,7 +66,7 @@ class Work:
 def workload(settings: Settings, facts: Facts, most: bool = False, pruning: bool = True) -> dict[str, Work]:
     """What notebooks 01 to 05 do: as expected, or at the `most`, or with nothing pruned.
 
-    Expected: steps (IS) in the middle of their range, guidance in both passes, and pruning as the search's own pruner
+    Expected: steps (IS) in the middle of their range, both passes where guidance acts, and pruning as the search's own pruner
     prunes trials of random quality. At most: the highest IS, nothing pruned. What a finished search found is used.
     """
     s = settings
@@ -77,7 +77,7 @@ def workload(settings: Settings, facts: Facts, most: bool = False, pruning: bool
     steps["optimum_2"] = optimum_2.num_inference_steps if optimum_2 else steps["search_2"]
 
     def made(images: float, is_: float) -> Work:
-        return Work(images=images, passes=2 * images * is_)
+        return Work(images=images, passes=(1 + s.guidance_stop - s.guidance_start) * images * is_)
 
     def search(name: str, trials: int) -> Work:
         unpruned = [Counter(dict.fromkeys(s.rungs(), trials))]
@@ -450,7 +450,7 @@ def disk(s: Settings, facts: Facts, c: Costs, number: str, work: Work) -> float:
     if number == "01":
         return (
             images
-            + 8 * c.latent_numbers * facts.train
+            + 4 * c.latent_numbers * facts.train
             + 4 * c.table_numbers * s.class_encoder_epochs
             + 12 * c.encoder_parameters
         )

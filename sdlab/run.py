@@ -82,12 +82,17 @@ def sha256_of_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; renamed into place when the block ends well."""
+    """A name beside `path` to write a file or folder under; renamed into place when the block ends well, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     if beside.is_dir():  # left by a process that was killed: never read, only ours
         shutil.rmtree(beside)
-    yield beside
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.unlink(missing_ok=True)
+        raise
     os.replace(beside, path)
 
 
@@ -139,7 +144,10 @@ def digest(record: dict) -> str:
 
 
 def differences(settings: Settings, number: str, record: dict) -> str:
-    """How the settings of a step differ from those it was made with, in words; empty if they do not."""
+    """How the settings of a step differ from those it was made with, in words; empty if they do not.
+
+    A setting that is newer than the step was at what is its default now.
+    """
     ours = settings.of_step(number)
     missing = object()
     changed = [
@@ -147,7 +155,11 @@ def differences(settings: Settings, number: str, record: dict) -> str:
         for name, theirs in record["settings"].items()
         if ours.get(name, missing) != theirs
     ]
-    changed += [f"{name} (new) {ours[name]!r}" for name in ours.keys() - record["settings"].keys()]
+    changed += [
+        f"{name} (new) {ours[name]!r}"
+        for name in sorted(ours.keys() - record["settings"].keys())
+        if ours[name] != getattr(Settings, name, missing)
+    ]
     return ", ".join(changed)
 
 

@@ -69,6 +69,9 @@ class Settings:
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     num_threads: int = setting(0, "CPU threads of torch; 0: torch's own choice", low=0)
+    compile_unet: bool = setting(
+        False, "compile the UNet for generation (torch.compile; minutes once, needs a C++ compiler; pays on GPUs)"
+    )
 
     # Data (section 4 of the paper).
     image_size: int = setting(32, "side in pixels of the classifier's images", steps="00", low=8, high=512)
@@ -109,6 +112,16 @@ class Settings:
     scheduler: str = setting("DDIMScheduler", "any diffusers scheduler, by class name", steps=GENERATING)
     default_num_inference_steps: int = setting(50, "IS before any search (After 1)", steps="01", low=1, high=999)
     default_guidance_scale: float = setting(7.5, "UGS before any search (After 1)", steps="01", low=0.0, high=100.0)
+    guidance_start: float = setting(
+        0.0,
+        "share of the steps before which guidance is off (one conditional pass)",
+        steps=GENERATING,
+        low=0.0,
+        high=1.0,
+    )
+    guidance_stop: float = setting(
+        1.0, "share of the steps from which on guidance is off", steps=GENERATING, low=0.0, high=1.0
+    )
     shard_size: int = setting(
         250, "images a file and a batch; part of what makes a set's bytes", steps=GENERATING, low=1
     )
@@ -246,6 +259,11 @@ class Settings:
             raise BadInput(
                 f"`search_min_steps` is {self.search_min_steps}, more than `search_max_steps` ({self.search_max_steps})."
             )
+        if self.guidance_start > self.guidance_stop:
+            raise BadInput(
+                f"`guidance_start` is {self.guidance_start}, above `guidance_stop` ({self.guidance_stop}): both are shares of the "
+                "steps, and guidance acts between them."
+            )
         for search, epochs, what in ((1, self.class_encoder_epochs, "class_encoder"), (2, self.unet_epochs, "unet")):
             low, high = (
                 getattr(self, f"search_{search}_min_epoch"),
@@ -299,9 +317,9 @@ class Settings:
 
 def checked(f: dataclasses.Field, value: Any) -> Any:
     """One value, of the field's type and within its range. Raises `BadInput`."""
-    allowed = {int: "a whole number", float: "a number", str: "a text"}[f.type]
+    allowed = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[f.type]
     right = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
-    if not right or isinstance(value, bool):
+    if not right or isinstance(value, bool) != (f.type is bool):
         hint = ""
         if isinstance(value, str) and is_number(value):
             hint = f" Write {float(value)!r} without quotes; YAML takes an exponent only after a point, as in 1.0e-4."

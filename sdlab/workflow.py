@@ -17,6 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from sdlab.datasets import dataset_facts, fetch_dataset
+from sdlab.export import export
 from sdlab.results import (
     actual,
     kept_plan,
@@ -344,6 +345,16 @@ def dashboard(settings: Settings, port: int) -> None:
     if artifacts.is_dir():
         command += ["--artifact-dir", str(artifacts)]
     os.execv(command[0], [*command, "--port", str(port)])
+
+
+@cli.command("export")
+@with_settings
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--images", type=int, help="How many, from the first on.  [default: the size that notebook 05 chose]")
+def export_set(settings: Settings, target: Path, images: int | None) -> None:
+    """Write the chosen synthetic set to TARGET: a folder of PNGs, one subfolder a class, or a file ending in .npz."""
+    about = export(settings, target, images)
+    click.echo(f"{target}: {about['images']} images of {len(about['classes'])} classes, {about['image_size']} px.")
 
 
 @cli.command("settings")

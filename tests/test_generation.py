@@ -6,7 +6,15 @@ import torch
 
 from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder
-from sdlab.generation import GenerationPlan, SyntheticSet, generate, generate_images, real_labels, uniform_labels
+from sdlab.generation import (
+    GenerationPlan,
+    SyntheticSet,
+    generate,
+    generate_images,
+    parts_at_a_time,
+    real_labels,
+    uniform_labels,
+)
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.settings import BadInput
 from sdlab.training import derive_seed
@@ -22,8 +30,8 @@ def pipeline(base):
 
 
 def plan(**more):
-    given = dict(weights="w", scheduler="DDIMScheduler", num_inference_steps=2, guidance_scale=1.5, labels=(0, 1, 2), seed=7,
-                 base_size=16, image_size=8, shard_size=4)  # fmt: skip
+    given = dict(weights="w", scheduler="DDIMScheduler", num_inference_steps=2, guidance_scale=1.5, guidance_interval=(0.0, 1.0),
+                 labels=(0, 1, 2), seed=7, base_size=16, image_size=8, shard_size=4)  # fmt: skip
     return GenerationPlan(**given | more)
 
 
@@ -106,7 +114,14 @@ def test_a_damaged_shard_is_refused_by_name(pipeline, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [dict(guidance_scale=1.6), dict(seed=8), dict(num_inference_steps=3), dict(labels=(0, 1)), dict(weights="v")],
+    [
+        dict(guidance_scale=1.6),
+        dict(guidance_interval=(0.0, 0.5)),
+        dict(seed=8),
+        dict(num_inference_steps=3),
+        dict(labels=(0, 1)),
+        dict(weights="v"),
+    ],
 )
 def test_whatever_changes_the_bytes_changes_the_folder(more):
     assert plan(**more).key() != plan().key()
@@ -153,3 +168,34 @@ def test_a_shard_holds_its_labels(pipeline, tmp_path):
     made = generate(pipeline, plan(), tmp_path, 8)
     assert load_file(made.shard(1))["labels"].tolist() == [1, 2, 0, 1]
     assert "labels" not in made.manifest["plan"]
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "parts"), [(250, 2, 2), (250, 8, 2), (250, 3, 3), (250, 1, 1), (127, 2, 1), (4, 2, 1)]
+)
+def test_a_shard_is_made_in_a_few_parts_on_a_cpu(count, threads, parts):
+    torch.set_num_threads(threads)
+    try:
+        assert parts_at_a_time(count, torch.device("cpu")) == parts
+        assert parts_at_a_time(count, torch.device("cuda")) == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_parts_at_a_time_make_the_same_images(pipeline, base, scheduler, monkeypatch):
+    """Each part has a scheduler of its own, which counts steps; uint8 images differ by rounding at most."""
+    pipeline.scheduler = make_scheduler(scheduler, base.scheduler_config)
+    alone = generate_images(pipeline, plan(num_inference_steps=5), range(3, 13))
+    monkeypatch.setattr("sdlab.generation.SMALLEST_PART", 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    heard = []
+    together = generate_images(pipeline, plan(num_inference_steps=5), range(3, 13), heard.append)
+    assert together.shape == (10, 3, 8, 8) and np.abs(together.astype(int) - alone).max() <= 1
+    assert sum(heard) == 10 and len(heard) == 10  # two parts, five steps each
+
+
+def test_interval_reaches_the_pipeline(pipeline):
+    off = generate_images(pipeline, plan(guidance_scale=5.0, guidance_interval=(0.0, 0.0)), range(4))
+    assert np.array_equal(off, generate_images(pipeline, plan(guidance_scale=1.0), range(4)))
+    assert not np.array_equal(off, generate_images(pipeline, plan(guidance_scale=5.0), range(4)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdlab.base_models import make_scheduler
-from sdlab.class_encoder import ClassEncoder
+from sdlab.class_encoder import ClassEncoder, with_projected_conditions
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.settings import PROJECT_ROOT, BadInput
 
@@ -54,8 +54,8 @@ def test_equals_stable_diffusion_pipeline(pipeline, tmp_path):
         assert spread > 0.01  # images, not a constant that would be equal by itself
 
 
-def by_hand(pipeline, labels, guidance, steps=4):
-    """The sampler written out: DDIM, uncond + UGS * (cond - uncond), every pass on its own."""
+def by_hand(pipeline, labels, guidance, steps=4, guided=range(99)):
+    """The sampler written out: DDIM, uncond + UGS * (cond - uncond) on the guided steps, every pass on its own."""
     x, scheduler, table = (
         pipeline.noise(range(len(labels))),
         pipeline.scheduler,
@@ -63,10 +63,11 @@ def by_hand(pipeline, labels, guidance, steps=4):
     )
     scheduler.set_timesteps(steps)
     with torch.no_grad():
-        for t in scheduler.timesteps:
+        for step, t in enumerate(scheduler.timesteps):
             cond = pipeline.unet(x, t, table[labels]).sample
             uncond = pipeline.unet(x, t, table[-1:].repeat(len(labels), 1, 1)).sample
-            x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
+            scale = guidance if step in guided else 1
+            x = scheduler.step(uncond + scale * (cond - uncond), t, x).prev_sample
     return x
 
 
@@ -76,6 +77,44 @@ def test_guidance_is_the_formula_at_every_scale(pipeline, guidance):
     torch.testing.assert_close(
         latents_of(pipeline, [0, 1, 2], guidance), by_hand(pipeline, [0, 1, 2], guidance), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [((0.25, 0.75), [1, 2]), ((0.5, 1.0), [2, 3]), ((0.0, 0.3), [0]), ((0.5, 0.5), []), ((0.3, 0.6), [1])],
+)
+def test_guidance_acts_in_its_interval_only(pipeline, monkeypatch, interval, guided):
+    """Two passes on the guided steps, one plain conditional pass on the others; as diffusers' guiders count them."""
+    batches = unet_batches(pipeline, monkeypatch)
+    found = latents_of(pipeline, [0, 1], 3.0, guidance_start=interval[0], guidance_stop=interval[1])
+    assert batches == [4 if step in guided else 2 for step in range(4)]
+    torch.testing.assert_close(found, by_hand(pipeline, [0, 1], 3.0, guided=guided), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.3, 1.0, 2.5])
+def test_conditions_projected_once_make_the_same_images(pipeline, guidance):
+    expected = latents_of(pipeline, [0, 2, 1], guidance)
+    pipeline.unet = with_projected_conditions(pipeline.unet, pipeline.class_encoder.table())
+    torch.testing.assert_close(latents_of(pipeline, [0, 2, 1], guidance), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_conditions_are_projected_once_and_weights_shared(pipeline):
+    """Each cross-attention projects the classes' table once, whatever the steps; nothing else is copied or changed."""
+    plain, table = pipeline.unet, pipeline.class_encoder.table()
+    projections = [m.to_k for m in plain.modules() if getattr(m, "is_cross_attention", False)]
+    seen = []
+    hooks = [p.register_forward_hook(lambda _, args, __: seen.append(len(args[0]))) for p in projections]
+    sampling = with_projected_conditions(plain, table)
+    pipeline.unet = sampling
+    latents_of(pipeline, [0, 1], 2.0)
+    assert len(projections) == 7 and seen == [4] * 7  # three classes and the null condition
+    for hook in hooks:
+        hook.remove()
+    ours, theirs = dict(sampling.named_parameters()), dict(plain.named_parameters())
+    assert theirs.keys() - ours.keys() == {n for n in theirs if "attn2.to_k" in n or "attn2.to_v" in n}
+    assert all(ours[name] is theirs[name] for name in ours)
+    pipeline.unet = plain  # still takes encoder_hidden_states
+    assert torch.isfinite(latents_of(pipeline, [0, 1], 2.0)).all()
 
 
 def test_at_one_there_is_one_conditional_pass(pipeline, monkeypatch):
@@ -149,6 +188,8 @@ def test_an_unknown_scheduler_is_refused(base, name):
         (dict(labels=[0], seeds=[0], num_inference_steps=0), "allowed is 1 to 999"),
         (dict(labels=[0], seeds=[0], guidance_scale=-1.0), "0 or more"),
         (dict(labels=[0], seeds=[0], guidance_scale=float("nan")), "0 or more"),
+        (dict(labels=[0], seeds=[0], guidance_start=0.6, guidance_stop=0.5), "shares of the steps"),
+        (dict(labels=[0], seeds=[0], guidance_stop=1.5), "shares of the steps"),
         (dict(labels=[0]), "either `seeds`"),
         (dict(labels=[0, 1], seeds=[0]), "2 labels, but 1 seeds"),
     ],
