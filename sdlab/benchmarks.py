@@ -5,8 +5,10 @@ training loop with images encoded as they come, a torchvision-style DataLoader l
 """
 
 import copy
+import dataclasses
 import functools
 import gc
+import json
 import math
 import os
 import platform
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from sdlab.base_models import BaseModel, is_here, load_base_model, make_scheduler, unloaded
 from sdlab.classifier import Recipe, ResNet20
-from sdlab.evaluation import judge
+from sdlab.evaluation import for_sampling, judge
 from sdlab.generation import GenerationPlan, generate, uniform_labels
 from sdlab.images import ImageDataset, Split
 from sdlab.latents import encode_images
@@ -80,14 +82,15 @@ class Comparison:
     lowest: float
     highest: float
     repetitions: int
+    command: str = ""
 
     @classmethod
-    def of(cls, part: str, alternative: str, seconds: pd.DataFrame) -> "Comparison":
+    def of(cls, part: str, alternative: str, seconds: pd.DataFrame, settings: Settings) -> "Comparison":
         """`seconds` has the columns `ours` and `theirs`."""
         ratios = seconds.theirs / seconds.ours
         return cls(
             part, alternative, statistics.median(seconds.ours), statistics.median(seconds.theirs),
-            statistics.median(ratios), ratios.min(), ratios.max(), len(seconds),
+            statistics.median(ratios), ratios.min(), ratios.max(), len(seconds), f"sdlab benchmark {settings.experiment}",
         )  # fmt: skip
 
 
@@ -162,8 +165,9 @@ class Generation:
         self.table = encoder.tabulated().to(base.device).requires_grad_(False)
         self.settings, self.base, self.count = settings, base, settings.benchmark_images
         self.pipeline = ClassConditionalStableDiffusionPipeline(
-            base.vae, base.unet, self.table, make_scheduler(settings.scheduler, base.scheduler_config)
-        )
+            base.vae, for_sampling(base.unet, self.table, settings), self.table,
+            make_scheduler(settings.scheduler, base.scheduler_config),
+        )  # fmt: skip
         self.plan = GenerationPlan(
             "benchmark", settings.scheduler, settings.default_num_inference_steps, settings.default_guidance_scale, (0.0, 1.0),
             uniform_labels(num_classes), 0, settings.base_image_size, settings.base_image_size, settings.shard_size,
@@ -176,7 +180,7 @@ class Generation:
         plan = self.plan
         return (
             f"{self.count} images of {plan.base_size} px, {plan.num_inference_steps} steps, guidance "
-            f"{plan.guidance_scale:g}, {str(self.base.dtype).removeprefix('torch.')}"
+            f"{plan.guidance_scale:g}, {str(self.base.dtype).removeprefix('torch.')}{', compile_unet' * self.settings.compile_unet}"
         )
 
     def inputs(self, first: int, last: int) -> tuple[np.ndarray, torch.Tensor]:
@@ -201,6 +205,12 @@ class Generation:
         ).images
         return float(np.abs(ours - self.their_images(0, count, "np")).max())
 
+    def their_own_difference(self, count: int = 4) -> float:
+        """The same between diffusers' own images at two batch sizes: what rounding alone makes."""
+        half = count // 2
+        halves = [self.their_images(0, half, "np"), self.their_images(half, count, "np")]
+        return float(np.abs(np.concatenate(halves) - self.their_images(0, count, "np")).max())
+
     def find_batch_size(self) -> dict[int, float]:
         """Images a second of diffusers' pipeline at a few batch sizes, the best of which it then uses."""
         rates = {}
@@ -222,6 +232,83 @@ class Generation:
                 images = self.their_images(first, min(first + self.batch_size, self.count), "pil")
                 for index, image in enumerate(images, start=first):
                     image.save(Path(folder) / f"{index:06d}.png")
+
+
+def where_time_goes(generation: Generation) -> tuple[pd.DataFrame, str]:
+    """Shares of one pass of the UNet by kind of operation, and in words how near it comes to what the device can do."""
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipeline, device = generation.pipeline, generation.base.device
+    rows = min(2 * generation.count, 250)
+    labels, noise = torch.zeros(rows, dtype=torch.long, device=device), generation.inputs(0, 1)[1]
+    latents = noise.to(device, pipeline.unet.dtype).repeat(rows, 1, 1, 1)
+
+    @torch.no_grad()
+    def one_pass():
+        pipeline.unet(latents, torch.tensor(500, device=device), pipeline.conditions(labels)[0])
+
+    with FlopCounterMode(display=False) as counter:
+        one_pass()
+    seconds = side_by_side({"pass": one_pass}, 3, device)["pass"].median()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        one_pass()
+        synchronize(device)
+    spent = dict.fromkeys(OPERATIONS, 0.0)
+    for event in profiler.key_averages():
+        kind = next(kind for kind, words in OPERATIONS.items() if any(word in event.key.lower() for word in words))
+        spent[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    flops, peak = counter.get_total_flops(), matrix_flops(device, pipeline.unet.dtype)
+    words = (
+        f"One pass of {rows} images: {flops / 1e9:.0f} GFLOP in {seconds:.3g} s, {flops / seconds / 1e9:.0f} GFLOP/s; a large "
+        f"matrix product reaches {peak / 1e9:.0f} here. No way to make the same images takes less than {flops / peak:.3g} s for it."
+    )
+    shares = pd.DataFrame(dict(operation=spent.keys(), share=[100 * s / sum(spent.values()) for s in spent.values()]))
+    return shares, words
+
+
+# In this order: a name belongs to the first kind that has a word of it.
+OPERATIONS = {
+    "attention": ("scaled_dot_product", "flash", "fmha", "softmax"),
+    "convolutions": ("conv",),
+    "matrix products": ("mm", "linear", "gemm", "cutlass", "matmul"),
+    "norms": ("norm",),
+    "activations": ("gelu", "silu", "sigmoid"),
+    "copies and concatenations": ("copy", "cat", "contiguous", "clone"),
+    "the rest": ("",),
+}
+
+
+def matrix_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
+    """FLOP/s of a matrix product that is large enough."""
+    side *= 4 if device.type == "cuda" else 1
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / side_by_side({"product": lambda: a @ a}, 5, device)["product"].median()
+
+
+class Series:
+    """x1 ... x10 both ways: one pool, of which each size is the beginning, and a set of its own for each size."""
+
+    def __init__(self, generation: Generation, unit: int, largest: int = 10):
+        """`unit` images are x1. Few steps are enough: both ways make them alike."""
+        self.plan = dataclasses.replace(generation.plan, num_inference_steps=5, shard_size=unit)
+        self.pipeline, self.unit, self.largest = generation.pipeline, unit, largest
+        self.images = {"ours": 0, "theirs": 0}  # made in the last round
+
+    def make(self, way: str, sets: Sequence[tuple[GenerationPlan, int]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for plan, count in sets:
+                generate(self.pipeline, plan, Path(folder), count, silent)
+            manifests = [json.loads(path.read_text()) for path in Path(folder).glob("*/manifest.json")]
+        self.images[way] = self.unit * sum(len(manifest["shards"]) for manifest in manifests)
+
+    def ours(self) -> None:
+        self.make("ours", [(self.plan, k * self.unit) for k in range(1, self.largest + 1)])
+
+    def theirs(self) -> None:
+        sets = [(dataclasses.replace(self.plan, seed=k), k * self.unit) for k in range(1, self.largest + 1)]
+        self.make("theirs", sets)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -414,27 +501,36 @@ def usual_accuracy(model: ResNet20, loader: DataLoader, device: torch.device) ->
 # ---------------------------------------------------------------------------------------------------- the table
 
 
+def longer_studies(reports: Path) -> list[Comparison]:
+    """Rows of what takes hours: each of the scripts that make them leaves its own beside its table."""
+    rows = []
+    for path in sorted(reports.glob("*/row.json")):
+        rows.append(Comparison(**json.loads(path.read_text(encoding="utf-8"))))
+    return rows
+
+
 def table_of(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     return pd.DataFrame([asdict(comparison) for comparison in comparisons])
 
 
 def table_text(table: pd.DataFrame) -> pd.DataFrame:
-    """As it is read: seconds, how many times faster, and the range over the repetitions."""
+    """As it is read: seconds (images, where the part says so), how many times less, and the range over the repetitions."""
     return pd.DataFrame(
         {
             "part": table.part,
             "beside": table.alternative,
-            "ours (s)": [f"{value:.3g}" for value in table.ours],
-            "theirs (s)": [f"{value:.3g}" for value in table.theirs],
-            "times faster": [f"{value:.2f}" for value in table.ratio],
+            "ours": [f"{value:.3g}" for value in table.ours],
+            "theirs": [f"{value:.3g}" for value in table.theirs],
+            "times": [f"{value:.2f}" for value in table.ratio],
             "range": [f"{low:.2f} to {high:.2f}" for low, high in zip(table.lowest, table.highest, strict=True)],
             "n": table.repetitions,
+            "command": [f"`{command}`" for command in table.command],
         }
     )
 
 
 def draw_ratios(table: pd.DataFrame, title: str):
-    """How many times faster than the other way, with the range over the repetitions; 1 is as fast."""
+    """How many times less than the other way takes, with the range over the repetitions; 1 is the same."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 0.6 * len(table) + 1.2))
@@ -443,7 +539,7 @@ def draw_ratios(table: pd.DataFrame, title: str):
     axes.barh(places, table.ratio, xerr=spread, capsize=4, color="C0", height=0.55)
     axes.axvline(1, color="black", lw=1)
     axes.set_yticks(places, table.part)
-    axes.set(xlabel="times faster than the usual way", xlim=(0, 1.15 * max(1.5, table.highest.max())))
+    axes.set(xlabel="times less (seconds or images) than the usual way", xlim=(0, 1.15 * max(1.5, table.highest.max())))
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     return figure

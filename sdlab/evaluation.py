@@ -5,6 +5,8 @@ generated images only.
 """
 
 import math
+import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +23,14 @@ from sdlab.classifier import Recipe, Score, score, train_classifier
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.images import ImageDataset, Split
 from sdlab.run import Run, read_json, sha256_of_json
-from sdlab.settings import Settings
+from sdlab.settings import BadInput, Settings
 from sdlab.threads import in_threads
 from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+    from sdlab.class_encoder import ClassTable
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
 
@@ -43,7 +48,7 @@ def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> "ClassCon
     """The pipeline of an operating point's checkpoints. Raises `BadInput` for one that is missing or damaged."""
     from diffusers import UNet2DConditionModel  # slow to import
 
-    from sdlab.class_encoder import ClassTable, with_projected_conditions
+    from sdlab.class_encoder import ClassTable
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
     device = base.device
@@ -53,10 +58,24 @@ def load_pipeline(run: Run, base: BaseModel, point: OperatingPoint) -> "ClassCon
     else:
         unet = base.unet
     scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
+    return ClassConditionalStableDiffusionPipeline(base.vae, for_sampling(unet, table, run.settings), table, scheduler)
+
+
+def for_sampling(unet: "UNet2DConditionModel", table: "ClassTable", settings: Settings) -> "UNet2DConditionModel":
+    """The UNet as bulk generation uses it: the classes' keys and values projected once; on a GPU channels_last; compiled
+    where `compile_unet` says so. Raises `BadInput` if there is no compiler for that."""
+    from sdlab.class_encoder import with_projected_conditions
+
     unet = with_projected_conditions(unet, table.table())
-    if run.settings.compile_unet:
+    if unet.device.type == "cuda":
+        unet = unet.to(memory_format=torch.channels_last)
+    if settings.compile_unet:
+        if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
+            raise BadInput(
+                "`compile_unet` is true, and there is no C++ compiler (g++ or clang++) here: install one, or leave it out."
+            )
         unet.compile(dynamic=False)
-    return ClassConditionalStableDiffusionPipeline(base.vae, unet, table, scheduler)
+    return unet
 
 
 def plan_generation(

@@ -18,14 +18,6 @@ from tqdm import tqdm
 
 from sdlab.datasets import dataset_facts, fetch_dataset
 from sdlab.export import export
-from sdlab.results import (
-    actual,
-    kept_plan,
-    plan_sentences,
-    plan_table,
-    tables_are_current,
-    to_markdown,
-)
 from sdlab.run import BENCHMARKS, STEPS, Lock, Step, check_step, record_path, step_state
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
 
@@ -88,6 +80,8 @@ def run(settings: Settings, until: str) -> None:
     """Run the notebooks in order; skip what is finished, stop at the first failure."""
     if until not in STEPS:
         raise BadInput(f"`--until` is {until!r}: notebooks are {', '.join(STEPS)}.")
+    from sdlab.results import tables_are_current  # pandas is slow to import, and `sdlab --help` needs none
+
     fetch_dataset(settings)
     fetch_base_model(settings)
     os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
@@ -305,6 +299,8 @@ def plan(settings: Settings, again: bool) -> None:
 
     Times a few real steps, and fetches nothing.
     """
+    from sdlab.results import actual, kept_plan, plan_sentences, plan_table, to_markdown
+
     made, took = kept_plan(settings), actual(settings)
     if again or made is None:
         facts = dataset_facts(settings)

@@ -14,7 +14,17 @@ from test_notebooks import BIN, ENVIRONMENT
 from test_pipeline import REFERENCE
 
 from sdlab import base_models
-from sdlab.benchmarks import Comparison, Generation, Judging, Training, base_to_time, side_by_side, table_of, table_text
+from sdlab.benchmarks import (
+    Comparison,
+    Generation,
+    Judging,
+    Training,
+    base_to_time,
+    side_by_side,
+    table_of,
+    table_text,
+    where_time_goes,
+)
 from sdlab.settings import BadInput
 
 CPU = torch.device("cpu")
@@ -34,13 +44,13 @@ def test_a_way_may_clock_itself():
     assert seconds.ours.tolist() == [2.0, 2.0] and (seconds.theirs >= 0.01).all()
 
 
-def test_the_ratio_is_within_a_repetition():
+def test_the_ratio_is_within_a_repetition(settings):
     """A machine that is half as fast in one repetition leaves it as it was."""
     seconds = pd.DataFrame(dict(ours=[1.0, 2.0, 1.0], theirs=[3.0, 6.0, 4.0]))
-    found = Comparison.of("part", "other", seconds)
+    found = Comparison.of("part", "other", seconds, settings)
     assert (found.ratio, found.lowest, found.highest, found.repetitions) == (3.0, 3.0, 4.0, 3)
     text = table_text(table_of([found]))
-    assert text.loc[0, "times faster"] == "3.00" and text.loc[0, "range"] == "3.00 to 4.00"
+    assert text.loc[0, "times"] == "3.00" and text.loc[0, "range"] == "3.00 to 4.00"
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
@@ -79,6 +89,14 @@ def test_whole_shards_only(settings, base):
         Generation(base, dataclasses.replace(settings, benchmark_images=30, shard_size=20), 3)
 
 
+def test_where_the_time_goes_adds_up(settings, base, monkeypatch):
+    monkeypatch.setattr("sdlab.benchmarks.stable_diffusion_pipeline", lambda *_: None)  # needs transformers
+    generation = Generation(base, dataclasses.replace(settings, benchmark_images=20), 3)
+    shares, words = where_time_goes(generation)
+    assert shares.share.sum() == pytest.approx(100) and (shares.share >= 0).all()
+    assert shares.set_index("operation").share["convolutions"] > 5 and "40 images" in words
+
+
 def test_weights_that_are_not_here_are_random_ones_of_the_right_size(
     settings, base, base_folder, tmp_path, monkeypatch
 ):
@@ -107,14 +125,15 @@ def test_notebook_08_writes_its_table(tmp_path):
     )
     done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sdlab benchmark smoke" in done.stdout and "times faster" in done.stdout
+    assert "sdlab benchmark smoke" in done.stdout and "GFLOP/s" in done.stdout
     folder = tmp_path / "reports_root" / "smoke"
     assert {path.name for path in folder.iterdir()} == {
         "08_benchmarks.ipynb",
         *(f"benchmarks.{k}" for k in ("csv", "md", "png")),
     }
     table = pd.read_csv(folder / "benchmarks.csv")
-    assert len(table) == 4 and (table.lowest <= table.ratio).all() and (table.repetitions == 2).all()
+    assert len(table) == 5 and (table.lowest <= table.ratio).all() and (table.repetitions == 2).all()
     difference = float((folder / "benchmarks.md").read_text().partition("two ways: ")[2].split()[0])
     assert difference < 1e-3
+    assert "20 made" in table.part.iloc[-1] and "110 made" in table.alternative.iloc[-1]  # 10 against 55 times x1
     assert str(tmp_path) not in (folder / "benchmarks.md").read_text()

@@ -1,5 +1,7 @@
 """Synthetic sets: extended, cut short and resumed to the same bytes; nested; class counts as promised."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -199,3 +201,13 @@ def test_interval_reaches_the_pipeline(pipeline):
     off = generate_images(pipeline, plan(guidance_scale=5.0, guidance_interval=(0.0, 0.0)), range(4))
     assert np.array_equal(off, generate_images(pipeline, plan(guidance_scale=1.0), range(4)))
     assert not np.array_equal(off, generate_images(pipeline, plan(guidance_scale=5.0), range(4)))
+
+
+def test_compiling_without_a_compiler_is_refused(settings, base, monkeypatch):
+    from sdlab.evaluation import for_sampling
+
+    table = ClassEncoder(3, base.tokens, base.width, hidden=16).tabulated()
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert for_sampling(base.unet, table, settings).takes_rows
+    with pytest.raises(BadInput, match=r"no C\+\+ compiler"):
+        for_sampling(base.unet, table, dataclasses.replace(settings, compile_unet=True))

@@ -48,7 +48,8 @@ def test_the_papers_experiment_in_numbers():
 
 
 def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
-    s = dataclasses.replace(settings, search_images=80, search_first_images=10, shard_size=10, search_1_trials=50)
+    s = dataclasses.replace(settings, search_images=80, search_first_images=10, shard_size=10, search_1_trials=50,
+                            search_reduction_factor=2)  # fmt: skip
     for pruner in ("successive_halving", "hyperband"):
         visits = simulated(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
         assert all(v[10] == 50 and v[10] >= v[20] >= v[40] >= v[80] > 0 for v in visits) and visits[0][80] < 50

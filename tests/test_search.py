@@ -104,16 +104,20 @@ def test_nothing_is_pruned_where_nothing_should_be(world, data):
 
 def test_one_bracket_prunes_more_than_hyperband(world, data, tmp_path):
     settings, _ = world
-    one = dataclasses.replace(settings, search_pruner="successive_halving", runs_root=str(tmp_path / "one"))
-    assert searched(one, data)[0]["counts"]["pruned"] > searched(settings, data)[0]["counts"]["pruned"]
+    pruned = {}
+    for pruner in ("successive_halving", "hyperband"):
+        one = dataclasses.replace(settings, search_pruner=pruner, runs_root=str(tmp_path / pruner))
+        pruned[pruner] = searched(one, data)[0]["counts"]["pruned"]
+    assert pruned["successive_halving"] > pruned["hyperband"] > 0
 
 
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
 @pytest.mark.parametrize("where", ["stop_after", "stop_in_sheet"])
 @pytest.mark.parametrize("stop_after", [1, 7, 20])
-def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, where, stop_after):
+def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, where, stop_after, pruner):
     """Same trials, same states, same optimum, whenever it was cut, before a rung or after the pruner has spoken: a cut
     trial goes on under its own number."""
-    settings, log = world
+    settings, log = dataclasses.replace(world[0], search_pruner=pruner), world[1]
     whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data)
     log["scored"].clear()
     log[where] = stop_after
@@ -141,7 +145,7 @@ def test_what_a_trial_saw_is_kept_for_the_dashboard(world, data):
     settings, _ = world
     _, run = searched(settings, data, 3)
     study = open_study(settings, "search_1")
-    assert isinstance(study.pruner, optuna.pruners.HyperbandPruner) and study.direction.name == "MAXIMIZE"
+    assert isinstance(study.pruner, optuna.pruners.SuccessiveHalvingPruner) and study.direction.name == "MAXIMIZE"
     for trial in study.trials:
         assert {
             "generation_seconds",

@@ -10,7 +10,7 @@ GIVEN = {"experiment": "x", "dataset": "digits"}
 
 
 def test_defaults_are_the_papers():
-    """Section 3 of the paper, number by number; `sealed` is the one deliberate deviation."""
+    """Section 3 of the paper, number by number; the protocol and how a search prunes are the deliberate deviations."""
     s = Settings.from_mapping(GIVEN)
     assert (s.class_encoder_epochs, s.class_encoder_batch_size, s.class_encoder_learning_rate) == (50, 64, 1e-4)
     assert (s.unet_epochs, s.unet_batch_size, s.unet_learning_rate) == (10, 16, 1e-5)
@@ -27,7 +27,12 @@ def test_defaults_are_the_papers():
     assert (s.classifier_batch_size, s.classifier_patience, s.classifier_stop_patience) == (256, 10, 25)
     assert (s.search_patience, s.search_stop_patience, s.classifier_filters) == (25, 50, 64)
     assert (s.base_image_size, s.scaling_max, s.scheduler, s.protocol) == (128, 10, "DDIMScheduler", "sealed")
-    assert s.deviations() == {"protocol": ("sealed", "paper")}
+    assert s.deviations() == {
+        "protocol": ("sealed", "paper"),
+        "search_pruner": ("successive_halving", "hyperband"),
+        "search_reduction_factor": (8, 2),
+        "search_finalists": (3, 1),
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,8 @@ def test_defaults_are_the_papers():
         ({"compile_unet": 1}, "true or false"),
         ({"compile_unet": "yes"}, "true or false"),
         ({"guidance_start": 0.8, "guidance_stop": 0.2}, "guidance acts between them"),
+        ({"benchmark_parts": "judge speed"}, "some of `generation class_encoder"),
+        ({"benchmark_parts": ""}, "some of `generation class_encoder"),
         ({"guidance_stop": 1.2}, "0.0 to 1.0"),
         ({"weight_decay": float("nan")}, "finite"),
         ({"weight_decay": None}, "a number"),
@@ -149,6 +156,7 @@ def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
         "compile_unet",
         "data_root",
         "benchmark_images",
+        "benchmark_parts",
         "benchmark_repetitions",
     }
     for f in dataclasses.fields(Settings):
@@ -158,7 +166,14 @@ def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
 
 @pytest.mark.parametrize(
     ("first", "images", "factor", "rungs"),
-    [(500, 4000, 2, [500, 1000, 2000, 4000]), (125, 500, 4, [125, 500]), (30, 100, 3, [30, 100]), (100, 100, 2, [100])],
+    [
+        (500, 4000, 2, [500, 1000, 2000, 4000]),
+        (125, 500, 4, [125, 500]),
+        (30, 100, 3, [30, 100]),
+        (100, 100, 2, [100]),
+        (500, 4000, 8, [500, 4000]),
+        (500, 2000, 8, [500, 2000]),
+    ],
 )
 def test_rungs_end_at_the_whole_trial(first, images, factor, rungs):
     given = dict(search_first_images=first, search_images=images, search_reduction_factor=factor, shard_size=5)
