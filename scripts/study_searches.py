@@ -186,7 +186,7 @@ def worth(table: Table, index: int) -> float:
 
 @main.command()
 @click.option("--table", "path", default=TABLE, type=click.Path(exists=True, path_type=Path))
-@click.option("--repetitions", default=100, show_default=True)
+@click.option("--repetitions", default=60, show_default=True)
 def simulate(path: Path, repetitions: int) -> None:
     """Search the table with each strategy, `repetitions` times; table and figure beside it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -212,15 +212,16 @@ def simulate(path: Path, repetitions: int) -> None:
             f"{row['claimed'].mean():.1f} | {interval(row['worth'])} | {against} |"
         )
     best = max(range(len(table.names)), key=lambda i: np.mean(table.scores[i]["fresh/1000"]["test"]))
-    text = "\n".join([
+    text = "\n\n".join([
         f"# {TRIALS}-trial searches, {repetitions} repetitions each",
         f"CAS in %, mean and 95 % interval of the mean. {len(table.names)} points of digits were measured; a search's trial is answered by "
-        "the nearest, on validation images. Its score is the point's mean and the noise of one classifier at that rung; what a winner is worth was read on test images with "
-        f"noise and classifiers that no trial saw (the table's best: {100 * worth(table, best):.1f}).",
+        "the nearest, on validation images. Its score is the point's mean and the noise of one classifier at that rung; what a winner "
+        "is worth was read on test images with noise and classifiers that no trial saw (the table's best: "
+        f"{100 * worth(table, best):.1f}).",
         "\n".join(lines), noise_floor(table), rank_correlations(table),
         "Made by `python scripts/study_searches.py measure runs/digits` and `... simulate`.",
     ])  # fmt: skip
-    path.with_name("searches.md").write_text(text.replace("\n#", "\n\n#").replace("\n", "\n") + "\n")
+    path.with_name("searches.md").write_text(text + "\n")
     draw(paths, path.with_name("searches.png"))
     chosen = next(row for row in rows if row["strategy"] == CHOSEN)
     ratios = TRIALS * RUNGS[-1] / chosen["images"]
@@ -254,7 +255,7 @@ def noise_floor(table: Table) -> str:
     lines.append(f"| 1000, noise anew too | {both[0]:.2f} | {both[1]:.2f} |")
     return (
         f"## Noise floor\n\nStandard deviation, in points, of one classifier's CAS when the same trial is repeated ({len(points)} points that "
-        "have learned something; the images that judge stay the same).\n\n" + "\n".join(lines) + "\n"
+        "have learned something; the images that judge stay the same).\n\n" + "\n".join(lines)
     )
 
 
@@ -268,23 +269,31 @@ def rank_correlations(table: Table) -> str:
         lines.append(f"| {rung} | {spearmanr(at, fresh)[0]:.2f} | {spearmanr(at[better], fresh[better])[0]:.2f} |")
     return (
         "## Do small sets rank as large ones do?\n\nSpearman's correlation of one classifier's CAS at a rung with the mean of two at 1000 images of "
-        "fresh noise (validation images).\n\n" + "\n".join(lines) + "\n"
+        "fresh noise (validation images).\n\n" + "\n".join(lines)
     )
 
 
 def draw(paths: dict, path: Path) -> None:
-    """What the incumbent is worth against images generated, mean over repetitions; a dot where the search ends."""
+    """What the incumbent is worth against images generated, mean over repetitions; where it ends, without and with finalists."""
     figure, axes = plt.subplots(figsize=(9, 5))
-    for number, (name, runs) in enumerate(paths.items()):
-        at = np.linspace(1000, max(run[-1][0] for run in runs), 100)
-        curve = [[next((w for i, _, w in reversed(run) if i <= images), run[0][2]) for images in at] for run in runs]
-        style = dict(color=f"C{number % 7}", ls="-" if "finalists" not in name else ":")
-        axes.plot(at, 100 * np.mean(curve, 0), lw=1.2, **style)
-        end = np.median([run[-1][0] for run in runs]), 100 * np.mean([run[-1][2] for run in runs])
-        axes.plot(*end, "o" if style["ls"] == "-" else "s", color=style["color"], label=name)
+    ends = {
+        name: (np.median([run[-1][0] for run in runs]), 100 * np.mean([run[-1][2] for run in runs]))
+        for name, runs in paths.items()
+    }
+    for number, name in enumerate(n for n in paths if "finalists" not in n):
+        at = np.linspace(2000, max(run[-1][0] for run in paths[name]), 100)
+        curve = [
+            [next((w for i, _, w in reversed(run) if i <= images), run[0][2]) for images in at] for run in paths[name]
+        ]
+        axes.plot(at, 100 * np.mean(curve, 0), lw=1, color=f"C{number}", alpha=0.7)
+        axes.plot(*ends[name], "o", color=f"C{number}", label=name)
+        again = name.removesuffix(" (the paper's)") + ", 3 finalists"
+        if again in ends:
+            axes.plot(*ends[again], "s", color=f"C{number}", ms=9, mfc="none", mew=2)
+    axes.plot([], [], "s", color="black", ms=9, mfc="none", mew=2, label="the same with 3 finalists")
     axes.set(xscale="log", xlabel="images generated", ylabel="what the incumbent is worth (test CAS, %)")
-    axes.set_ylim(bottom=80)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.set_ylim(ends["no pruning"][1] - 3)
+    axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

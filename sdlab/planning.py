@@ -23,11 +23,13 @@ import torch
 from sdlab.base_models import BaseModel, is_here, load_base_model, unloaded
 from sdlab.classifier import Recipe, predict, train_classifier
 from sdlab.evaluation import OperatingPoint
+from sdlab.generation import parts_at_a_time
 from sdlab.images import Facts, Split
 from sdlab.results import planned_settings
 from sdlab.run import STEPS, read_json, read_record
 from sdlab.search import first_ranges, new_pruner, study_name
 from sdlab.settings import BadInput, Settings
+from sdlab.threads import in_threads
 from sdlab.training import noise_loss
 
 SECONDS = 0.7  # a measurement grows its batch until one call takes so long,
@@ -261,7 +263,7 @@ def clocked(work: Callable[[int], object], batch: int, device: torch.device) -> 
 
 def measure(settings: Settings, facts: Facts, base: BaseModel) -> Costs:
     """Time one of everything on `base.device`, with the base model's real size. Leaves the base model as it was."""
-    from sdlab.class_encoder import ClassEncoder  # these need diffusers, which is slow to import
+    from sdlab.class_encoder import ClassEncoder, with_projected_conditions  # these need diffusers, slow to import
     from sdlab.pipeline import DECODE_BATCH
 
     s, device, unet, vae = settings, base.device, base.unet, base.vae
@@ -275,9 +277,17 @@ def measure(settings: Settings, facts: Facts, base: BaseModel) -> Costs:
     def timesteps(count):
         return torch.full((count,), 500, device=device)
 
-    @torch.no_grad()
+    sampling = with_projected_conditions(unet, encoder.table())
+
     def denoise(count):
-        unet(latents(count).to(unet.dtype), timesteps(count), conditions(count).detach().to(unet.dtype))
+        # In as many parts at a time as generation makes; two rows are an image's two passes.
+        workers = parts_at_a_time(count // 2, device)
+        in_threads(one_pass, [-(-count // workers)] * workers, workers)
+
+    @torch.no_grad()
+    def one_pass(count, _):
+        rows = torch.zeros(count, 1, 1, dtype=torch.long, device=device)
+        sampling(latents(count).to(unet.dtype), timesteps(count), rows)
 
     @torch.no_grad()
     def decode(count):
