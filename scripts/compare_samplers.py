@@ -33,8 +33,10 @@ SAMPLERS = {
     "DDIM 10": ("DDIMScheduler", 10, None, 1.0),
     "DPM-Solver++ 10": ("DPMSolverMultistepScheduler", 10, None, 1.0),
     "DPM-Solver++ 8, guidance on the first 3 steps": ("DPMSolverMultistepScheduler", 8, None, 0.4),
+    "DPM-Solver++ 7, guidance on the first 2 steps": ("DPMSolverMultistepScheduler", 7, None, 0.3),
     "DPM-Solver++ 11, guidance 1": ("DPMSolverMultistepScheduler", 11, 1.0, 1.0),
     "UniPC 11, guidance 1": ("UniPCMultistepScheduler", 11, 1.0, 1.0),
+    "UniPC 9, guidance 1": ("UniPCMultistepScheduler", 9, 1.0, 1.0),
 }
 COMMAND = "python scripts/compare_samplers.py runs/digits"
 REPORT = Path(__file__).resolve().parents[1] / "reports" / "samplers"
@@ -77,7 +79,7 @@ def silent(**more):
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@click.option("--seeds", default=12, show_default=True)
+@click.option("--seeds", default=8, show_default=True)
 @click.option("--state", default=REPORT / "measured.json", type=click.Path(path_type=Path), show_default=False)
 def main(folder: Path, seeds: int, state: Path) -> None:
     """Compare the samplers on the finished experiment in FOLDER; tables beside the state file."""
