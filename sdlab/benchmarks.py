@@ -15,6 +15,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -533,12 +534,12 @@ def draw_ratios(table: pd.DataFrame, title: str):
     """How many times less than the other way takes, with the range over the repetitions; 1 is the same."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 0.6 * len(table) + 1.2))
+    figure, axes = plt.subplots(figsize=(9, 0.7 * len(table) + 1.2))
     places = range(len(table))[::-1]
     spread = [table.ratio - table.lowest, table.highest - table.ratio]
     axes.barh(places, table.ratio, xerr=spread, capsize=4, color="C0", height=0.55)
     axes.axvline(1, color="black", lw=1)
-    axes.set_yticks(places, table.part)
+    axes.set_yticks(places, [textwrap.fill(part, 52) for part in table.part], fontsize=8)
     axes.set(xlabel="times less (seconds or images) than the usual way", xlim=(0, 1.15 * max(1.5, table.highest.max())))
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
