@@ -237,6 +237,7 @@ class Generation:
 
 def where_time_goes(generation: Generation) -> tuple[pd.DataFrame, str]:
     """Shares of one pass of the UNet by kind of operation, and in words how near it comes to what the device can do."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr that there is no GPU
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -348,10 +349,11 @@ class Training:
         self.encoder = ClassEncoder(data.num_classes, base.tokens, base.width, s.class_encoder_hidden).to(base.device)
 
     def parts(self) -> tuple[BaseModel, torch.nn.Module]:
-        """Base model and Class-Encoder with what is trained copied, so that every epoch begins with the same weights."""
-        if self.part == "class_encoder":
-            return self.base, copy.deepcopy(self.encoder)
-        return self.base.with_unet(copy.deepcopy(self.base.unet).float()), copy.deepcopy(self.encoder)
+        """Base model and Class-Encoder, one of which is trained. Of a UNet there is one, trained on and on: time does not
+        depend on its weights, and at Stable Diffusion's size a second one with its optimiser fills a computer's memory."""
+        if self.part == "unet":
+            self.base.unet.float()
+        return self.base, copy.deepcopy(self.encoder)
 
     def ours(self) -> float:
         """Seconds of an epoch, and of encoding each image once, shared among the epochs of the settings."""

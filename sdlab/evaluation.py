@@ -4,6 +4,7 @@ CAS (Classification Accuracy Score, Ravuri and Vinyals 2019): top-1 accuracy on 
 generated images only.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -74,6 +75,8 @@ def for_sampling(unet: "UNet2DConditionModel", table: "ClassTable", settings: Se
             raise BadInput(
                 "`compile_unet` is true, and there is no C++ compiler (g++ or clang++) here: install one, or leave it out."
             )
+        if unet.device.type == "cpu":  # else it is said that a CUDA toolkit has no GPU
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         unet.compile(dynamic=False)
     return unet
 
