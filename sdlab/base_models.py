@@ -447,3 +447,8 @@ def config_file(folder: Path, name: str) -> dict:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python says that no memory is left, of a GPU or of the computer."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

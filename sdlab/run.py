@@ -9,6 +9,7 @@ Files are written beside and renamed into place, so a half file is never read. N
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -80,24 +81,96 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+# What a disk or the system answers when something cannot be written, and what to do about it.
+REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make that folder writable, or name another one"),
+    errno.EFBIG: "that disk takes no files of this size: name another one",
+    errno.EIO: "the disk is failing: name another one",
+}
+
+
+def refusal(error: BaseException) -> int:
+    """The errno of an error that stands for one of `REFUSALS`, else 0. safetensors and SQLite have theirs in words."""
+    number = getattr(error, "errno", None) or 0
+    if not number and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    words = {"disk is full": errno.ENOSPC, "readonly database": errno.EROFS, "disk I/O error": errno.EIO}
+    for said, meant in words.items():
+        if said in str(error):
+            number = meant
+    return number if number in REFUSALS else 0
+
+
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; renamed into place when the block ends well, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    if beside.is_dir():  # left by a process that was killed: never read, only ours
-        shutil.rmtree(beside)
+def writing(path: Path) -> Iterator[None]:
+    """Raises `BadInput` where the block fails since the disk or the system lets nothing be written at `path`."""
     try:
-        yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.unlink(missing_ok=True)
+        yield
+    except BadInput:
         raise
-    os.replace(beside, path)
+    except Exception as error:
+        if not (number := refusal(error)):
+            raise
+        raise BadInput(cannot_write(path, number)) from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    with written_beside(path) as beside:
+def cannot_write(path: Path | str, number: int) -> str:
+    return (
+        f"{path} cannot be written ({os.strerror(number)}): {REFUSALS[number]}. What was finished before is intact, and the "
+        "same command goes on from there."
+    )
+
+
+def check_room(path: Path, wanted: float, what: str) -> None:
+    """Raises `BadInput` if the disk that `path` is to lie on has fewer than `wanted` bytes free."""
+    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise BadInput(
+            f"{what} takes {wanted / 1e9:.3g} GB, and the disk of {there} has {free / 1e9:.3g} GB free: free some space; what was "
+            "finished before is intact, and the same command goes on from there."
+        )
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
+    """A name beside `path` to write a file or folder under; renamed into place when the block ends well, else removed.
+
+    `lasting`: its bytes are on the disk before it has its name, so that not even a power cut leaves a half file.
+    Raises `BadInput` for a disk that is full, read-only or broken.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if beside.is_dir():  # left by a process that was killed: never read, only ours
+            shutil.rmtree(beside)
+        try:
+            yield beside
+            if lasting:
+                for written in [beside, *(beside.rglob("*") if beside.is_dir() else ())]:
+                    flush(written)
+            os.replace(beside, path)
+            if lasting:
+                flush(path.parent)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any, lasting: bool = True) -> None:
+    with written_beside(path, lasting) as beside:
         beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -236,31 +309,51 @@ def way_out(state: StepState, step: Step) -> str:
 class Lock:
     """Held by one process at a time; the system releases it when that process ends, however it ends.
 
-    The process that holds it may take it again: a notebook's cell can be run twice.
+    The process that holds it may take it again: a notebook's cell can be run twice. `note` says from whom it was taken
+    over, if that process ended without letting it go. Raises `BadInput` that names the holder.
     """
 
     held: ClassVar[dict[Path, "Lock"]] = {}
+    PATIENCE: ClassVar[float] = 5.0  # seconds: a kernel whose `sdlab run` was killed ends itself within one or two
 
     def __init__(self, path: Path, folder: Path, what: str):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path in Lock.held:
             Lock.held[path].release()
-        self.file = path.open("a+")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a+")
+        until = time.monotonic() + Lock.PATIENCE
+        while not self.taken():
+            if time.monotonic() > until:
+                holder = self.said() or "another process"
+                self.file.close()
+                raise BadInput(
+                    f"The experiment folder {folder} is in use by {holder}: wait for it, stop it, "
+                    "or give this run another `experiment` name."
+                )
+            time.sleep(0.1)
+        before = self.said()
+        self.note = f"{folder} was last in use by {before}, which ended without a word: going on from what it left."
+        if not before:
+            self.note = ""
+        with writing(path):
+            self.file.truncate(0)
+            self.file.write(f"{what} (process {os.getpid()} on {socket.gethostname()}, since {now()})")
+            self.file.flush()
+        self.path = path
+        Lock.held[path] = self
+
+    def taken(self) -> bool:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
-            raise BadInput(
-                f"The experiment folder {folder} is in use by {holder}: wait for it, stop it, "
-                "or give this run another `experiment` name."
-            ) from None
-        self.file.truncate(0)
-        self.file.write(f"{what} (process {os.getpid()} on {socket.gethostname()}, since {now()})")
-        self.file.flush()
-        self.path = path
-        Lock.held[path] = self
+            return False
+        return True
+
+    def said(self) -> str:
+        """What the last holder wrote, unless it let the lock go."""
+        self.file.seek(0)
+        return self.file.read().strip()
 
     def release(self) -> None:
         if Lock.held.get(self.path) is self:
@@ -321,9 +414,9 @@ class Progress:
         self.written = time.monotonic()
         self.said["time"] = time.time()
         # Only a display: a disk that is full must not stop the work for it.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(BadInput):
             if self.path is not None:
-                write_json(self.path, self.said)
+                write_json(self.path, self.said, lasting=False)
 
     def __enter__(self) -> "Progress":
         return self
@@ -373,6 +466,10 @@ class Run:
     def begin(self) -> bool:
         """Take the folder and record the step as begun; False if another process finished it meanwhile."""
         self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
+        if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # `sdlab run` says it itself
+            print(self.lock.note)
+        for left in list(self.folder.rglob(".*.part")):  # of a process that was killed: never read
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         if check_step(self.settings, self.step.number).state == "done":
             self.lock.release()
             return False
@@ -443,5 +540,6 @@ class Run:
 
     def note_test_reading(self, what: str) -> None:
         """The sealed protocol promises that the test set only fills the tables: each reading is on record."""
-        with (self.folder / "test_readings.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "test_readings.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(time=now(), step=self.step.stem, what=what)) + "\n")

@@ -71,6 +71,9 @@ class Settings:
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     num_threads: int = setting(0, "CPU threads of torch; 0: torch's own choice", low=0)
+    resume_minutes: float = setting(
+        10.0, "of training until its state is kept inside an epoch too (after each it always is)", low=0.0
+    )
     compile_unet: bool = setting(
         False, "compile the UNet for generation (torch.compile; minutes once, needs a C++ compiler; pays on GPUs)"
     )

@@ -5,15 +5,17 @@ Step 1 trains the Class-Encoder with the UNet frozen, step 3 the UNet with the C
     E || target - unet(sqrt(a_t) x_0 + sqrt(1 - a_t) noise, t, class_encoder(y)) ||^2
 
 with target = noise (epsilon) or sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v), whichever the base model predicts.
-All randomness derives from (seed, part, epoch), so a run that was cut resumes at its last epoch with the same bytes.
+All randomness derives from (seed, part, epoch); the resume state says where in an epoch the generator is. So a run that
+was cut goes on from its last state with the same bytes.
 """
 
+import contextlib
+import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,10 @@ import torch.nn.functional as F
 from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel, first_line, make_scheduler
+from sdlab.base_models import BaseModel, first_line, make_scheduler, out_of_memory
 from sdlab.images import ImageDataset
 from sdlab.latents import Moments, encode_images
-from sdlab.run import Run, read_json, sha256_of_file, sha256_of_json, write_json, written_beside
+from sdlab.run import Run, check_room, read_json, sha256_of_file, sha256_of_json, write_json, written_beside
 from sdlab.settings import BadInput
 
 if TYPE_CHECKING:  # diffusers is slow to import
@@ -50,6 +52,17 @@ class TrainingPlan:
         return self.epochs * math.ceil(images / self.batch_size)
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a training is: after `epochs` whole epochs and `steps` more of the next."""
+
+    epochs: int = 0
+    steps: int = 0
+    generator: torch.Tensor | None = None  # its state, uint8, where steps > 0
+    losses: list[torch.Tensor] = field(default_factory=list)  # of those steps, scalars
+    seconds: float = 0.0  # clocked for them
+
+
 def derive_seed(*parts: int | str) -> int:
     """One seed (63 bits) from several numbers and words; streams with different parts are independent."""
     return int(sha256_of_json(parts)[:16], 16) >> 1
@@ -64,17 +77,20 @@ def train(
     folder: Path,
     made_from: Any = None,
     progress: Callable = tqdm,
+    resume_seconds: float = math.inf,
 ) -> list[dict]:
     """Train `class_encoder` or `base.unet`, in place; one checkpoint an epoch in `folder/epoch_01` and so on.
 
     What is there already is kept: a finished training returns its history at once, one that was cut goes on from
-    `folder/resume.safetensors`. Returns an entry an epoch: epoch, loss, learning_rate, steps, seconds.
+    `folder/resume.safetensors`, which is written after each epoch, and inside one when `resume_seconds` have passed.
+    Returns an entry an epoch: epoch, loss, learning_rate, steps, seconds.
     `made_from` is whatever names the inputs; with the plan it is the lineage that a resumed run has to match.
 
     The weights that are trained are float32; the UNet computes in `base.dtype`, float16 with a loss scaler.
 
     Raises:
-        BadInput: the folder holds a training with another plan or other inputs, or the loss became NaN or infinite.
+        BadInput: the folder holds a training with another plan or other inputs, the loss became NaN or infinite, or disk
+            or memory are too small.
     """
     lineage = sha256_of_json([plan.__dict__, made_from, len(moments)])
     history = kept_history(folder, lineage)
@@ -90,24 +106,35 @@ def train(
         trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, eps=1e-8, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16)
-    done = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer, scaler)
-    if not all(intact(epoch_folder(folder, epoch + 1)) for epoch in range(done)):
+    at = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer, scaler)
+    if not all(intact(epoch_folder(folder, epoch + 1)) for epoch in range(at.epochs)):
         raise BadInput(
             f"{folder} lacks a checkpoint that its training had written, or it is damaged: move the folder away and run "
             "its step again, which trains the same once more."
         )
-    history = history[:done]
+    history = history[: at.epochs]
     table = class_encoder.table().detach() if plan.part == "unet" else None
     all_steps, per_epoch = plan.steps(len(moments)), math.ceil(len(moments) / plan.batch_size)
     labels = torch.as_tensor(labels, device=device)
+    # Weights and Adam's two moments in float32, and beside it the one before; each epoch's checkpoint: a UNet in half precision, a table.
+    numbers = sum(parameter.numel() for parameter in trained.parameters())
+    kept = 2 * numbers if table is not None else 4 * class_encoder.table().numel()
+    check_room(folder, 2 * 12 * numbers + kept * (plan.epochs - at.epochs), f"Training {plan.part}")
 
-    with progress(total=all_steps, initial=done * per_epoch, desc=f"train {plan.part}", unit="step") as bar:
-        for epoch in range(done + 1, plan.epochs + 1):
-            started, losses = time.perf_counter(), []
+    def save_state(position: Position) -> None:
+        save_resume_state(folder / "resume.safetensors", lineage, position, trained, optimizer, scaler)
+
+    done = at.epochs * per_epoch + at.steps
+    with progress(total=all_steps, initial=done, desc=f"train {plan.part}", unit="step") as bar:
+        for epoch in range(at.epochs + 1, plan.epochs + 1):
+            started, losses = time.perf_counter() - at.seconds, list(at.losses)
+            saved = time.monotonic()
             generator = torch.Generator().manual_seed(derive_seed(plan.seed, plan.part, epoch))
-            order = torch.randperm(len(moments), generator=generator)
-            for index, batch in enumerate(order.split(plan.batch_size)):
-                step = (epoch - 1) * per_epoch + index
+            order = torch.randperm(len(moments), generator=generator).split(plan.batch_size)
+            if at.steps:
+                generator.set_state(at.generator)
+            for index in range(at.steps, per_epoch):
+                batch, step = order[index], (epoch - 1) * per_epoch + index
                 for group in optimizer.param_groups:
                     group["lr"] = cosine(step, all_steps) * plan.learning_rate
                 latents = moments.sample(batch.to(device), generator)
@@ -117,32 +144,55 @@ def train(
                 ).to(device)
                 # Of each class once, the same for all its images. A product with one-hot rows looks them up: indexing
                 # would add up its gradients in an order that differs from run to run where there are several threads.
-                conditions = class_encoder.table() if table is None else table
-                rows = F.one_hot(labels[batch.to(device)], len(conditions)).to(conditions.dtype)
-                encoder_hidden_states = (rows @ conditions.flatten(1)).view(-1, *conditions.shape[1:])
-                loss = noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states)
-                if not torch.isfinite(loss):
-                    raise BadInput(
-                        f"The loss of {plan.part} became {loss.item()} at epoch {epoch}, step {step + 1} (learning rate "
-                        f"{plan.learning_rate}): earlier checkpoints in {folder} are intact; try a smaller learning rate."
-                    )
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(trained.parameters(), plan.max_grad_norm)
-                scaler.step(optimizer)
+                with fitting(plan, folder):
+                    conditions = class_encoder.table() if table is None else table
+                    rows = F.one_hot(labels[batch.to(device)], len(conditions)).to(conditions.dtype)
+                    encoder_hidden_states = (rows @ conditions.flatten(1)).view(-1, *conditions.shape[1:])
+                    loss = noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states)
+                    if not torch.isfinite(loss):
+                        raise BadInput(
+                            f"The loss of {plan.part} became {loss.item()} at epoch {epoch}, step {index + 1} of {per_epoch} (training "
+                            f"images {', '.join(map(str, batch[:8].tolist()))}{' ...' * (len(batch) > 8)}; {plan.part}_learning_rate "
+                            f"{plan.learning_rate}, max_grad_norm {plan.max_grad_norm}, {base.dtype}): earlier checkpoints in {folder} are "
+                            "intact; try a smaller learning rate."
+                        )
+                    scaler.scale(loss).backward()
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(trained.parameters(), plan.max_grad_norm)
+                    scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.detach())
                 bar.update()
+                if time.monotonic() - saved > resume_seconds and index + 1 < per_epoch:
+                    clocked = time.perf_counter() - started
+                    save_state(Position(epoch - 1, index + 1, generator.get_state(), losses, clocked))
+                    saved = time.monotonic()
             mean_loss = torch.stack(losses).mean().item()
             rate = optimizer.param_groups[0]["lr"]
             seconds = round(time.perf_counter() - started, 2)
             history.append(dict(epoch=epoch, loss=mean_loss, learning_rate=rate, steps=per_epoch, seconds=seconds))
             save_checkpoint(trained, epoch_folder(folder, epoch))
             write_json(folder / "history.json", dict(lineage=lineage, plan=plan.__dict__, epochs=history))
-            save_resume_state(folder / "resume.safetensors", lineage, epoch, trained, optimizer, scaler)
+            at = Position(epoch)
+            save_state(at)
     trained.requires_grad_(False).eval()
     return history
+
+
+@contextlib.contextmanager
+def fitting(plan: TrainingPlan, folder: Path) -> Iterator[None]:
+    """Raises `BadInput` where a step does not fit into memory. Smaller steps would be another training: they are not made."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(
+            f"The memory does not hold a step of {plan.part} with {plan.batch_size} images: take a smaller "
+            f"`{plan.part}_batch_size` in an experiment of its own (it is another training), or free memory that other programs "
+            f"hold and give the same command; earlier checkpoints in {folder} are intact."
+        ) from None
 
 
 def noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states) -> torch.Tensor:
@@ -185,7 +235,8 @@ def train_class_encoder(run: Run, base: BaseModel, data: ImageDataset, moments: 
         class_encoder = ClassEncoder(data.num_classes, base.tokens, base.width, s.class_encoder_hidden)
     made_from = [data.fingerprint(), base.sha256, s.class_encoder_hidden]
     folder = run.folder / "class_encoder"
-    return train(plan, base, class_encoder.to(base.device), moments, data.train.labels, folder, made_from, run.progress)
+    return train(plan, base, class_encoder.to(base.device), moments, data.train.labels, folder, made_from, run.progress,
+                 60 * s.resume_minutes)  # fmt: skip
 
 
 def fine_tune_unet(
@@ -201,7 +252,8 @@ def fine_tune_unet(
     encoders = run.folder / "class_encoder"
     table = load_checkpoint(ClassTable, encoders, class_encoder_epoch, base.device)
     made_from = [data.fingerprint(), base.sha256, checkpoint_sha(encoders, class_encoder_epoch)]
-    return train(plan, base.to_train(), table, moments, data.train.labels, run.folder / "unet", made_from, run.progress)
+    return train(plan, base.to_train(), table, moments, data.train.labels, run.folder / "unet", made_from, run.progress,
+                 60 * s.resume_minutes)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -297,41 +349,65 @@ def kept_history(folder: Path, lineage: str) -> list[dict]:
 
 
 def save_resume_state(
-    path: Path, lineage: str, epoch: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
+    path: Path, lineage: str, at: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
 ) -> None:
     """Weights and Adam's moments in full precision, in one safetensors file: one rolling state, not one an epoch.
 
     For SD 2.0's UNet these are 10.4 GB: they are written from where they lie, without a copy (on a GPU: one in RAM).
+    With them goes a hash of them all, so that a state that was altered is not gone on from.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"adam.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    if at.steps:
+        tensors |= {"generator": at.generator, "losses": torch.stack(at.losses).float()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with written_beside(path) as beside:
-        kept = dict(lineage=lineage, epoch=epoch, scaler=scaler.state_dict())
+    kept = dict(lineage=lineage, epochs=at.epochs, steps=at.steps, seconds=at.seconds, scaler=scaler.state_dict())
+    digest = hashlib.sha256(json.dumps(kept).encode())
+    for name in sorted(tensors):
+        add_tensor(digest, name, tensors[name])
+    check_room(path, sum(value.nbytes for value in tensors.values()), f"The resume state {path.name}")
+    kept["sha256"] = digest.hexdigest()
+    with written_beside(path) as beside:  # one entry of metadata: several come in any order
         save_file(tensors, beside, metadata={"sdlab": json.dumps(kept)})
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+
+
+def add_tensor(digest, name: str, value: torch.Tensor) -> None:
+    """Its name and bytes, to a hash."""
+    digest.update(name.encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy())
 
 
 @torch.no_grad()
 def load_resume_state(
     path: Path, lineage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
-) -> int:
-    """Fill `model`, `optimizer` and `scaler` from the state file; the number of epochs done, 0 if there is none."""
+) -> Position:
+    """Fill `model`, `optimizer` and `scaler` from the state file; where that training was. Raises `BadInput`."""
     if not path.exists():
-        return 0
+        return Position()
     try:
         with safe_open(path, "pt") as file:
-            kept, names = json.loads(file.metadata()["sdlab"]), set(file.keys())
+            kept, names = json.loads(file.metadata()["sdlab"]), sorted(file.keys())
+        sha256 = kept.pop("sha256")
+        digest = hashlib.sha256(json.dumps(kept).encode())
         if kept["lineage"] != lineage:
             raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
-        for name, value in model.state_dict().items():
-            value.copy_(read_tensor(path, f"model.{name}"))
-        for name, parameter in model.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in names]
-            state = {key: read_tensor(path, f"adam.{name}.{key}").to(parameter.device, copy=True) for key in keys}
-            optimizer.state[parameter] = state
+        weights, parameters, more = model.state_dict(), dict(model.named_parameters()), {}
+        for name in names:
+            value = read_tensor(path, name)
+            add_tensor(digest, name, value)
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                weights.pop(rest).copy_(value)
+            elif kind == "adam":
+                of, _, key = rest.rpartition(".")
+                optimizer.state[parameters[of]][key] = value.to(parameters[of].device, copy=True)
+            else:
+                more[name] = value.clone()
+        if weights or digest.hexdigest() != sha256:
+            raise ValueError("its content is not what was written")
+        losses = list(more.get("losses", torch.empty(0)).to(next(model.parameters()).device))
+        at = Position(kept["epochs"], kept["steps"], more.get("generator"), losses, kept["seconds"])
     except BadInput:
         raise
     except Exception as error:
@@ -340,7 +416,7 @@ def load_resume_state(
         ) from None
     if kept["scaler"]:
         scaler.load_state_dict(kept["scaler"])
-    return kept["epoch"]
+    return at
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

@@ -218,8 +218,10 @@ def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path
     where = ("-p", "runs_root", tmp_path / "runs", "-p", "reports_root", tmp_path / "reports", "--until", "01")
     arguments = [str(a) for a in (BIN / "sdlab", "run", world / "smoke.yaml", *where)]
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
-    )
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     for _ in range(1200):
         if (tmp_path / "runs/smoke/class_encoder/epoch_01").exists():
             break

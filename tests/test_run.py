@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -149,8 +150,9 @@ def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):
 HOLD = "import sys, time; from pathlib import Path; from sdlab.run import Lock; lock = Lock(Path(sys.argv[1]), Path('x'), '01_class_encoder'); print('held', flush=True); time.sleep(60)"
 
 
-def test_two_runs_into_one_folder(settings):
+def test_two_runs_into_one_folder(settings, capsys, monkeypatch):
     """The second says who is there; when that process dies, however it dies, the folder is free."""
+    monkeypatch.setattr(Lock, "PATIENCE", 0.3)
     settings.run_folder.mkdir(parents=True)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(settings.run_folder / ".lock")], stdout=subprocess.PIPE, text=True
@@ -161,7 +163,23 @@ def test_two_runs_into_one_folder(settings):
     assert not (settings.run_folder / "records").exists()
     holder.kill()
     holder.wait()
-    Run(settings, "00_data_and_base_model").lock.release()
+    run = Run(settings, "00_data_and_base_model")
+    assert f"last in use by 01_class_encoder (process {holder.pid} on" in capsys.readouterr().out
+    run.lock.release()
+
+
+def test_a_lock_is_waited_for_a_little(tmp_path):
+    """A kernel whose parent was killed needs a second or two to notice."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(0.5, holder.kill).start()
+    lock = Lock(tmp_path / "lock", tmp_path, "next")
+    assert "01_class_encoder" in lock.note
+    lock.release()
+    holder.wait()
+    again = Lock(tmp_path / "lock", tmp_path, "again")
+    assert not again.note  # let go by its holder
+    again.release()
 
 
 def test_a_notebooks_cell_can_be_run_twice(settings):

@@ -153,6 +153,7 @@ def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
         "storage",
         "device",
         "num_threads",
+        "resume_minutes",
         "compile_unet",
         "data_root",
         "benchmark_images",

@@ -53,6 +53,17 @@ class DiesAt:
             raise Killed
 
 
+class Counts(DiesAt):
+    """A progress bar that says how many steps were made."""
+
+    def __init__(self):
+        super().__init__(math.inf)
+        self.made = 0
+
+    def update(self, n=1):
+        self.made += n
+
+
 def new_encoder(base):
     torch.manual_seed(3)
     return ClassEncoder(3, base.tokens, base.width, hidden=16)
@@ -87,15 +98,33 @@ def files(folder):
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
 @pytest.mark.parametrize("step", [1, 3, 4, 8])
-def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step):
-    """Killed in any epoch, at its start, middle or end: checkpoints and resume state end up byte for byte the same."""
-    fit(load_base_model(settings), moments, tmp_path / "whole", plan(part))
+@pytest.mark.parametrize("resume_seconds", [0.0, math.inf], ids=["a state a step", "a state an epoch"])
+def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step, resume_seconds):
+    """Killed in any epoch, at its start, middle or end: checkpoints, resume state and losses end up byte for byte the same."""
+    _, uncut = fit(load_base_model(settings), moments, tmp_path / "whole", plan(part))
     with pytest.raises(Killed):
-        fit(load_base_model(settings), moments, tmp_path / "cut", plan(part), progress=DiesAt(step))
-    _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan(part))
+        fit(
+            load_base_model(settings), moments, tmp_path / "cut", plan(part),
+            progress=DiesAt(step), resume_seconds=resume_seconds,
+        )  # fmt: skip
+    bar = Counts()
+    _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan(part), progress=bar)
+    assert bar.made == 9 - (step - (step % 3 or 3) if resume_seconds else (step - 1))  # steps made again: of an epoch, or one
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert len(whole) == 3 * 2 + 1 and whole == cut
-    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert [(e["epoch"], e["loss"]) for e in history] == [(e["epoch"], e["loss"]) for e in uncut]
+
+
+def test_a_state_inside_an_epoch_can_be_cut_again(settings, moments, tmp_path):
+    """Killed after each step, and gone on with: as one that was never killed."""
+    fit(load_base_model(settings), moments, tmp_path / "whole", plan("unet"))
+    for _ in range(8):
+        with pytest.raises(Killed):
+            fit(
+                load_base_model(settings), moments, tmp_path / "cut", plan("unet"), progress=DiesAt(2), resume_seconds=0.0
+            )
+    fit(load_base_model(settings), moments, tmp_path / "cut", plan("unet"))
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
@@ -159,7 +188,9 @@ def test_another_plan_in_the_same_folder_is_refused(base, moments, tmp_path, mor
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(base, moments, tmp_path):
     moments.mean[7] = math.inf
-    with pytest.raises(BadInput, match=r"became nan at epoch 1, step \d"):
+    with pytest.raises(
+        BadInput, match=r"became nan at epoch 1, step \d of 3 \(training images \d+, .*class_encoder_learning_rate 0.001"
+    ):
         fit(base, moments, tmp_path, plan())
 
 
@@ -203,10 +234,12 @@ def test_an_epoch_beyond_the_checkpoints_is_refused(base, moments, tmp_path, epo
         load_checkpoint(ClassTable, tmp_path, epoch)
 
 
-def test_a_damaged_resume_state_is_refused(base, moments, tmp_path):
+@pytest.mark.parametrize("how", ["truncated", "altered"])
+def test_a_damaged_resume_state_is_refused(base, moments, tmp_path, how):
+    """One bit is enough: the state carries a hash of itself."""
     with pytest.raises(Killed):
         fit(base, moments, tmp_path, plan(), progress=DiesAt(5))
-    damaged(tmp_path / "resume.safetensors", "truncated")
+    damaged(tmp_path / "resume.safetensors", how)
     with pytest.raises(BadInput, match=r"resume\.safetensors is damaged"):
         fit(base, moments, tmp_path, plan())
 
