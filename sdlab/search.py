@@ -8,10 +8,12 @@ Repeatable and resumable: every ask is seeded from (seed, search, trial number),
 under its own number.
 """
 
+import contextlib
+import copy
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from optuna.trial import Trial, TrialState
 from sdlab.base_models import BaseModel
 from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet, summary
 from sdlab.images import ImageDataset
-from sdlab.run import Run, check_storage, read_json, sha256_of_json
+from sdlab.run import Run, cannot_write, check_storage, read_json, refusal, sha256_of_json
 from sdlab.settings import BadInput, Settings
 from sdlab.training import derive_seed
 
@@ -123,19 +125,36 @@ def run_search(
     if path.exists():
         return read_json(path)
     settings = run.settings
-    study = open_study(settings, search)
-    check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
-    artifacts = FileSystemArtifactStore(base_path=artifact_folder(run.folder))
-    done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-    with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
-        for number in range(trials):
-            study.sampler = new_sampler(settings, search, number)
-            trial = next_trial(study, number)
-            if trial is not None:
-                run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
-                bar.update()
-    finalists = score_finalists(run, base, data, study, known)
-    return run.keep(search, export(study, settings, ranges, finalists))
+    with storing(settings):
+        study = open_study(settings, search)
+        check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
+        artifacts = FileSystemArtifactStore(base_path=artifact_folder(run.folder))
+        done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
+            for number in range(trials):
+                study.sampler = new_sampler(settings, search, number)
+                trial = next_trial(study, number)
+                if trial is not None:
+                    run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
+                    bar.update()
+        finalists = score_finalists(run, base, data, study, known)
+        return run.keep(search, export(study, settings, ranges, finalists))
+
+
+@contextlib.contextmanager
+def storing(settings: Settings) -> Iterator[None]:
+    """Raises `BadInput` where the studies' storage fails: its disk is full, it cannot be reached any more."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ or error
+        if number := refusal(cause):
+            place = f"The `storage` of {settings.experiment}" if settings.storage else settings.run_folder / "searches.db"
+            raise BadInput(cannot_write(place, number)) from None
+        raise BadInput(
+            f"The `storage` of {settings.experiment} failed ({str(cause).splitlines()[0]}): when it is there again, the same "
+            "command goes on with the trial that was at work."
+        ) from None
 
 
 def check_lineage(study: optuna.Study, lineage: str) -> None:
@@ -168,10 +187,7 @@ def next_trial(study: optuna.Study, number: int) -> Trial | None:
 def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts) -> None:
     """Generate, train, report at each rung, until the last one or until pruned."""
     settings, started = run.settings, time.perf_counter()
-    steps = trial.suggest_int("num_inference_steps", *ranges.num_inference_steps)
-    guidance = trial.suggest_float("guidance_scale", *ranges.guidance_scale)
-    epoch = trial.suggest_int("epoch", *ranges.epoch)
-    point = point_of(epoch, steps, guidance)
+    point = point_of(*suggested(study, trial, ranges))
     split = deciding_split(settings.protocol)
     if split == "test":
         run.note_test_reading(f"{study.study_name}, trial {trial.number}: the paper's protocol maximises test accuracy")
@@ -186,9 +202,7 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
         with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
             warnings.simplefilter("ignore")
             trial.report(value, step=images)
-        # A pruner may answer otherwise when it is asked twice, as a trial that was cut after its answer would.
-        if trial.user_attrs.get("pruned_at") == images or (images < settings.search_images and trial.should_prune()):
-            trial.set_user_attr("pruned_at", images)
+        if images < settings.search_images and is_pruned(study, trial, images):
             state = TrialState.PRUNED
             break
     picture = sheet(made.split(images), run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png")
@@ -210,6 +224,52 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
             "artifact", upload_artifact(artifact_store=artifacts, file_path=str(picture), study_or_trial=trial)
         )
     study.tell(trial.number, value if state == TrialState.COMPLETE else None, state=state)
+
+
+def suggested(study: optuna.Study, trial: Trial, ranges: Ranges) -> tuple[int, int, float]:
+    """The trial's epoch, steps and guidance. What was drawn before it was cut is drawn again, so that the rest is what it would have been."""
+    kinds = dict(
+        num_inference_steps=optuna.distributions.IntDistribution(*ranges.num_inference_steps),
+        guidance_scale=optuna.distributions.FloatDistribution(*ranges.guidance_scale),
+        epoch=optuna.distributions.IntDistribution(*ranges.epoch),
+    )
+    for name, kind in kinds.items():
+        if name in trial.params and not kind.single():
+            study.sampler.sample_independent(study, study.get_trials(deepcopy=False)[trial.number], name, kind)
+    steps = trial.suggest_int("num_inference_steps", *ranges.num_inference_steps)
+    guidance = trial.suggest_float("guidance_scale", *ranges.guidance_scale)
+    return trial.suggest_int("epoch", *ranges.epoch), steps, guidance
+
+
+class HeldStorage:
+    """A storage that keeps what a pruner would write on a trial to itself."""
+
+    def __init__(self, storage):
+        self.storage, self.written = storage, {}
+
+    def __getattr__(self, name: str):
+        return getattr(self.storage, name)
+
+    def set_trial_system_attr(self, _: int, key: str, value) -> None:
+        self.written[key] = value
+
+
+def is_pruned(study: optuna.Study, trial: Trial, images: int) -> bool:
+    """The pruner's answer at a rung, asked once.
+
+    It writes down that it was asked, and would answer otherwise the next time. So its answer and what it writes are kept
+    with the trial in one piece first: a trial that was cut at any point reads them there.
+    """
+    name = f"answer_{images}"
+    if name not in trial.user_attrs:
+        asked = copy.copy(study)
+        asked._storage = HeldStorage(study._storage)
+        pruned = study.pruner.prune(asked, trial._get_latest_trial())
+        trial.set_user_attr(name, dict(pruned=bool(pruned), written=asked._storage.written))
+    answer = trial.user_attrs[name]
+    for key, value in answer["written"].items():
+        study._storage.set_trial_system_attr(trial._trial_id, key, value)
+    return answer["pruned"]
 
 
 def score_finalists(

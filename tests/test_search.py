@@ -1,5 +1,6 @@
 """The searches: real Optuna studies in SQLite that prune, resume and keep what a trial saw."""
 
+import contextlib
 import dataclasses
 import sqlite3
 import sys
@@ -129,6 +130,75 @@ def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, wh
     strip = lambda found: [{k: v for k, v in t.items() if k not in times} for t in found["trials"]]  # noqa: E731
     assert strip(resumed) == strip(whole)
     assert resumed["best"] == whole["best"]
+
+
+WRITES = [
+    "create_new_trial",
+    "set_trial_param",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "set_trial_state_values",
+]
+
+
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
+    world, data, tmp_path, monkeypatch, pruner, seed
+):
+    """Cut again and again after a few writes to the storage, wherever that falls: within the drawing of parameters, between
+    a pruner's answer and its own note of it, between the attributes of a finished trial."""
+    settings = dataclasses.replace(
+        world[0], search_pruner=pruner, search_reduction_factor=2, search_startup_trials=2, seed=seed
+    )
+    whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, 8)
+    rng, left, cuts = np.random.default_rng(seed), [0], []
+    for name in WRITES:
+        original = getattr(optuna.storages.RDBStorage, name)
+
+        def writing(self, *args, original=original, name=name, **kwargs):
+            done = original(self, *args, **kwargs)
+            left[0] -= 1
+            if left[0] == 0:
+                cuts.append(name)
+                raise KeyboardInterrupt
+            return done
+
+        monkeypatch.setattr(optuna.storages.RDBStorage, name, writing)
+    resumed = None
+    while resumed is None:
+        left[0] = int(rng.integers(1, 24))
+        with contextlib.suppress(KeyboardInterrupt):
+            resumed, _ = searched(settings, data, 8)
+    assert len(cuts) >= 8
+    strip = lambda found: [{k: v for k, v in t.items() if k != "trial_seconds"} for t in found["trials"]]  # noqa: E731
+    assert strip(resumed) == strip(whole)
+    assert resumed["best"] == whole["best"] and resumed["images"] == whole["images"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (sqlite3.OperationalError("database or disk is full"), r"searches.db cannot be written \(No space left on device\)"),
+        (sqlite3.OperationalError("attempt to write a readonly database"), r"searches.db cannot be written \(Read-only"),
+        (sqlite3.OperationalError("disk I/O error"), r"searches.db cannot be written \(Input/output error\)"),
+        (sqlite3.OperationalError("server closed the connection"), "failed .*server closed.*: when it is there again"),
+    ],
+)
+def test_a_storage_that_fails_on_the_way_is_one_sentence(world, data, monkeypatch, error, said):
+    """And the search goes on afterwards."""
+    settings, _ = world
+    whole, _ = searched(dataclasses.replace(settings, runs_root=settings.runs_root + "2"), data, 3)
+
+    def fails(*_, **__):
+        raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.storages.RDBStorage, "set_trial_intermediate_value", fails)
+        with pytest.raises(BadInput, match=said):
+            searched(settings, data, 3)
+    assert searched(settings, data, 3)[0]["best"] == whole["best"]
 
 
 @pytest.mark.parametrize(("protocol", "split"), [("sealed", "val"), ("paper", "test")])
