@@ -132,10 +132,10 @@ def run_search(
         done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
         with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
             for number in range(trials):
-                study.sampler = new_sampler(settings, search, number)
                 trial = next_trial(study, number)
                 if trial is not None:
-                    run_trial(run, base, data, study, trial, ranges, point_of, artifacts)
+                    sampler = new_sampler(settings, search, number)
+                    run_trial(run, base, data, study, trial, ranges, sampler, point_of, artifacts)
                     bar.update()
         finalists = score_finalists(run, base, data, study, known)
         return run.keep(search, export(study, settings, ranges, finalists))
@@ -184,10 +184,10 @@ def next_trial(study: optuna.Study, number: int) -> Trial | None:
     return None if frozen.state.is_finished() else Trial(study, frozen._trial_id)
 
 
-def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts) -> None:
+def run_trial(run, base, data, study, trial, ranges: Ranges, sampler, point_of, artifacts) -> None:
     """Generate, train, report at each rung, until the last one or until pruned."""
     settings, started = run.settings, time.perf_counter()
-    point = point_of(*suggested(study, trial, ranges))
+    point = point_of(*drawn(study, trial, ranges, sampler))
     split = deciding_split(settings.protocol)
     if split == "test":
         run.note_test_reading(f"{study.study_name}, trial {trial.number}: the paper's protocol maximises test accuracy")
@@ -226,23 +226,8 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, point_of, artifacts
     study.tell(trial.number, value if state == TrialState.COMPLETE else None, state=state)
 
 
-def suggested(study: optuna.Study, trial: Trial, ranges: Ranges) -> tuple[int, int, float]:
-    """The trial's epoch, steps and guidance. What was drawn before it was cut is drawn again, so that the rest is what it would have been."""
-    kinds = dict(
-        num_inference_steps=optuna.distributions.IntDistribution(*ranges.num_inference_steps),
-        guidance_scale=optuna.distributions.FloatDistribution(*ranges.guidance_scale),
-        epoch=optuna.distributions.IntDistribution(*ranges.epoch),
-    )
-    for name, kind in kinds.items():
-        if name in trial.params and not kind.single():
-            study.sampler.sample_independent(study, study.get_trials(deepcopy=False)[trial.number], name, kind)
-    steps = trial.suggest_int("num_inference_steps", *ranges.num_inference_steps)
-    guidance = trial.suggest_float("guidance_scale", *ranges.guidance_scale)
-    return trial.suggest_int("epoch", *ranges.epoch), steps, guidance
-
-
 class HeldStorage:
-    """A storage that keeps what a pruner would write on a trial to itself."""
+    """A storage that keeps to itself what would be written of a trial."""
 
     def __init__(self, storage):
         self.storage, self.written = storage, {}
@@ -253,6 +238,48 @@ class HeldStorage:
     def set_trial_system_attr(self, _: int, key: str, value) -> None:
         self.written[key] = value
 
+    def set_trial_param(self, *_) -> None:
+        pass
+
+
+def unwritten(study: optuna.Study) -> optuna.Study:
+    """The same study, which reads the storage and writes nothing of a trial to it."""
+    asked = copy.copy(study)
+    asked._storage = HeldStorage(study._storage)
+    return asked
+
+
+def drawn(
+    study: optuna.Study, trial: Trial, ranges: Ranges, sampler: optuna.samplers.BaseSampler
+) -> tuple[int, int, float]:
+    """The trial's epoch, steps and guidance.
+
+    They are drawn together and kept with the trial in one piece before any of them is written as its parameter: a sampler
+    would draw the others differently for a trial that has one already, as one that was cut in between.
+    """
+    kinds = dict(
+        num_inference_steps=optuna.distributions.IntDistribution(*ranges.num_inference_steps),
+        guidance_scale=optuna.distributions.FloatDistribution(*ranges.guidance_scale),
+        epoch=optuna.distributions.IntDistribution(*ranges.epoch),
+    )
+    if "drawn" not in trial.user_attrs:
+        asked = unwritten(study)
+        asked.sampler = sampler
+        drawing = Trial(asked, trial._trial_id)
+        trial.set_user_attr(
+            "drawn",
+            dict(
+                num_inference_steps=drawing.suggest_int("num_inference_steps", *ranges.num_inference_steps),
+                guidance_scale=drawing.suggest_float("guidance_scale", *ranges.guidance_scale),
+                epoch=drawing.suggest_int("epoch", *ranges.epoch),
+            ),
+        )
+    values = trial.user_attrs["drawn"]
+    for name, kind in kinds.items():
+        if name not in trial.params:
+            study._storage.set_trial_param(trial._trial_id, name, kind.to_internal_repr(values[name]), kind)
+    return values["epoch"], values["num_inference_steps"], values["guidance_scale"]
+
 
 def is_pruned(study: optuna.Study, trial: Trial, images: int) -> bool:
     """The pruner's answer at a rung, asked once.
@@ -262,8 +289,7 @@ def is_pruned(study: optuna.Study, trial: Trial, images: int) -> bool:
     """
     name = f"answer_{images}"
     if name not in trial.user_attrs:
-        asked = copy.copy(study)
-        asked._storage = HeldStorage(study._storage)
+        asked = unwritten(study)
         pruned = study.pruner.prune(asked, trial._get_latest_trial())
         trial.set_user_attr(name, dict(pruned=bool(pruned), written=asked._storage.written))
     answer = trial.user_attrs[name]
