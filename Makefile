@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= digits
 
-.PHONY: demo test full-size benchmarks lab dashboard lint setup
+.PHONY: demo test faults full-size benchmarks lab dashboard lint setup
 
 demo: setup  ## The whole pipeline on the embedded data set and base model
 	$(BIN)/sdlab run digits
 
 test: setup $(VENV)/reference/.done  ## Unit and property tests, and every notebook at smoke depth
 	$(BIN)/python -m pytest
+
+faults: setup $(VENV)/reference/.done  ## Damage of every kind, many times over: minutes
+	SDLAB_DAMAGED_FILES=240 $(BIN)/python -m pytest tests/faults
 
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py

@@ -23,7 +23,7 @@ from sdlab.base_models import BaseModel, choose_device, make_scheduler
 from sdlab.classifier import Recipe, Score, score, train_classifier
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.images import ImageDataset, Split
-from sdlab.run import Run, read_json, sha256_of_json
+from sdlab.run import Run, read_json, read_sealed, sha256_of_json, written_beside
 from sdlab.settings import BadInput, Settings
 from sdlab.threads import in_threads
 from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
@@ -114,7 +114,44 @@ def make_set(
 ) -> SyntheticSet:
     """Generate (what is missing of) a set of `count` images at an operating point under `synthetic/`."""
     plan = plan_generation(run, base, data, point, seed, labels)
-    return generate(load_pipeline(run, base, point), plan, run.folder / "synthetic", count, run.progress, desc)
+    made_from = dict(
+        point=asdict(point),
+        checkpoints={
+            name: checkpoint_sha(run.folder / name, epoch)
+            for name, epoch in (("class_encoder", point.class_encoder_epoch), ("unet", point.unet_epoch))
+            if epoch
+        },
+        base_model=base.fingerprint(),
+        labels="uniform" if labels is None else "real",
+    )
+    pipeline = load_pipeline(run, base, point)
+    return generate(pipeline, plan, run.folder / "synthetic", count, run.progress, desc, made_from)
+
+
+def remake(settings: Settings, key: str) -> None:
+    """Make the missing shards of a set that its manifest names. Raises `BadInput` if it was made from something else.
+
+    Opens no step: what is made is what was there, byte for byte, or is refused by its hash.
+    """
+    from types import SimpleNamespace
+
+    from sdlab.base_models import load_base_model
+    from sdlab.datasets import load_dataset
+
+    folder = settings.run_folder / "synthetic" / key
+    manifest = read_sealed(folder / "manifest.json")
+    data, base = load_dataset(settings), load_base_model(settings)
+    run = SimpleNamespace(settings=settings, folder=settings.run_folder, progress=tqdm)
+    point = OperatingPoint(**manifest["made_from"]["point"])
+    labels = real_labels(data.train.labels) if manifest["made_from"]["labels"] == "real" else None
+    plan = plan_generation(run, base, data, point, manifest["plan"]["seed"], labels)
+    if plan.key() != key:
+        raise BadInput(
+            f"{folder} was made from other weights, data or settings than are there now: its shards cannot be made again."
+        )
+    generate(
+        load_pipeline(run, base, point), plan, folder.parent, len(manifest["shards"]) * plan.shard_size, desc="repair"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -255,7 +292,7 @@ def sheet(split: Split, path: Path) -> Path:
     rows = len(images) // columns
     tiles = images[: rows * columns].reshape(rows, columns, *images.shape[1:]).transpose(0, 3, 1, 4, 2)
     picture = np.ascontiguousarray(tiles).reshape(rows * images.shape[2], columns * images.shape[3], 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(picture)
-    image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(path)
+    with written_beside(path) as beside:
+        image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(beside, "PNG")
     return path

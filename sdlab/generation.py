@@ -20,9 +20,11 @@ import torch
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from sdlab.base_models import out_of_memory
 from sdlab.images import Split
 from sdlab.pixels import to_uint8
-from sdlab.run import read_json, sha256_of_file, sha256_of_json, write_json, written_beside
+from sdlab.run import check_room, read_sealed, sha256_of_file, sha256_of_json, write_sealed, written_beside
+from sdlab.settings import BadInput
 from sdlab.shards import shard_path, stored_shards
 from sdlab.threads import in_threads
 from sdlab.training import derive_seed
@@ -69,17 +71,18 @@ def real_labels(labels: np.ndarray) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """The shards made so far of one plan, in `folder`."""
+    """The shards made so far of one plan, in `folder`. `made_from` says for a reader what the plan's hash of weights means."""
 
     folder: Path
     plan: GenerationPlan
+    made_from: dict | None = None
 
     @property
     def manifest(self) -> dict:
         path = self.folder / "manifest.json"
         # The labels stand in the shards: a period may be as long as the real training set.
         plan = {name: value for name, value in self.plan.__dict__.items() if name != "labels"}
-        return read_json(path) if path.exists() else {"plan": plan, "shards": {}}
+        return read_sealed(path) if path.exists() else {"plan": plan, "made_from": self.made_from, "shards": {}}
 
     def shard(self, index: int) -> Path:
         return shard_path(self.folder, index)
@@ -116,29 +119,48 @@ def generate(
     count: int,
     progress: Callable = tqdm,
     desc: str = "generate",
+    made_from: dict | None = None,
 ) -> SyntheticSet:
     """Make what is missing of the first `count` images under `root/<hash of the plan>/`.
 
     A shard that is there is not made again; one whose bytes are not those of the manifest is refused by name when read.
+    `made_from` is kept in the manifest. Raises `BadInput` if disk or memory are too small.
     """
-    made = SyntheticSet(root / plan.key(), plan)
+    made = SyntheticSet(root / plan.key(), plan, made_from)
     manifest, wanted = made.manifest, made.shards_for(count)
     missing = [i for i in range(wanted) if str(i) not in manifest["shards"] or not made.shard(i).is_file()]
     if not missing:
         return made
     done = (wanted - len(missing)) * plan.shard_size
+    check_room(made.folder, len(missing) * plan.shard_size * 3 * plan.image_size**2, f"A set of {count} images")
     with progress(total=wanted * plan.shard_size, initial=done, desc=desc, unit="img") as bar:
         for index in missing:
             first = index * plan.shard_size
             started = time.perf_counter()
-            images = generate_images(pipeline, plan, range(first, first + plan.shard_size), bar.update)
+            try:
+                images = generate_images(pipeline, plan, range(first, first + plan.shard_size), bar.update)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                # Smaller batches would give images whose last bits differ: not those that were promised.
+                raise BadInput(
+                    f"The memory does not hold a shard of {plan.shard_size} images of {plan.base_size} px at once: take a smaller "
+                    "`shard_size` in an experiment of its own, or free memory that other programs hold and give the same command; "
+                    "the shards that were finished are intact."
+                ) from None
             seconds = time.perf_counter() - started
             with written_beside(made.shard(index)) as beside:
                 save_file({"images": images, "labels": plan.labels_of(first, first + plan.shard_size)}, beside)
             entry = dict(sha256=sha256_of_file(made.shard(index)), seconds=round(seconds, 3))
-            manifest["shards"][str(index)] = entry
+            if (
+                manifest["shards"].setdefault(str(index), entry)["sha256"] != entry["sha256"]
+            ):  # it was lost: the same again
+                raise BadInput(
+                    f"{made.shard(index)} was made anew and is not what it was: device, number of threads or versions differ; what "
+                    "was made of its set before cannot be compared with it."
+                )
             manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
-            write_json(made.folder / "manifest.json", manifest)
+            write_sealed(made.folder / "manifest.json", manifest)
     return made
 
 

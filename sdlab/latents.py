@@ -67,7 +67,9 @@ def encode_images(
             posterior = base.vae.encode(batch).latent_dist
             parts.append((posterior.mean.half(), posterior.std.half()))
             bar.update(len(batch))
-    mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    # A VAE may answer in another memory layout than a file gives back, and layouts choose algorithms, whose last bits
+    # differ: a training that was cut after this would not end with the same bytes.
+    mean, std = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
     if not torch.isfinite(mean).all() or not torch.isfinite(std).all():
         raise BadInput(
             f"The VAE's posterior of the training images is not finite, or beyond the range of float16 (largest mean "

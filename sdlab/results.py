@@ -531,8 +531,8 @@ def save_table(
 
 
 def save_figure(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=150, format=path.suffix[1:])
     return path
 
 
@@ -561,8 +561,8 @@ def draw_table(text: pd.DataFrame, title: str, path: Path) -> None:
             axes.text(start, y, plain, size=8, va="center", weight=weight, color="0.45" if grey else "black")
             if "°" in shown:
                 axes.plot([start, start + 0.82 * len(plain)], [y + 0.38] * 2, lw=0.8, color="0.45" if grey else "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1)
 
 
 def draw_scaling(table: pd.DataFrame, title: str):

@@ -36,6 +36,8 @@ from sdlab.settings import BadInput, Settings
 
 # Of a training: clocked times, and a state that is of use only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
+SHARED = ("settings.yaml", "test_readings.jsonl")  # by all steps
+BESIDE = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
 PACKAGES = ("torch", "diffusers", "optuna", "numpy", "scikit-learn")
 
 
@@ -64,6 +66,18 @@ STEPS = {
         Step("06", "importance", ("02", "04")),
         Step("07", "paper_tables", ("05", "06")),
     )
+}
+
+# What a step writes, finished or not, beside its record and its executed copy.
+WRITES = {
+    "00": ("data", "metrics/data.json", "metrics/plan.json"),
+    "01": ("latents", "class_encoder", "metrics/after_1.json"),
+    "02": ("metrics/search_1.json", "metrics/after_2.json", "pictures/*-search_1-*"),
+    "03": ("unet", "metrics/after_3.json"),
+    "04": ("metrics/search_2.json", "metrics/after_4.json", "pictures/*-search_2-*"),
+    "05": ("metrics/real.json", "metrics/scaling.json", "metrics/x[0-9]*.json"),
+    "06": ("metrics/importance.json",),
+    "07": ("metrics/tables.json",),
 }
 
 BENCHMARKS = Step("08", "benchmarks", ())  # of no experiment
@@ -184,6 +198,20 @@ def read_json(path: Path, how_to_make: str = "") -> Any:
         raise BadInput(f"{path} is damaged (it is not JSON): move it away and run its step again.") from None
 
 
+def write_sealed(path: Path, value: dict) -> None:
+    """JSON with a hash of itself, under `sha256`."""
+    value = json.loads(json.dumps(value))
+    write_json(path, value | dict(sha256=sha256_of_json(value)))
+
+
+def read_sealed(path: Path, how_to_make: str = "") -> dict:
+    """What `write_sealed` wrote. Raises `BadInput` if it is missing, or not what was written."""
+    value = read_json(path, how_to_make)
+    if not isinstance(value, dict) or value.pop("sha256", None) != sha256_of_json(value):
+        raise BadInput(f"{path} is damaged (its hash is not that of its content): move it away and run its step again.")
+    return value
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -207,7 +235,7 @@ def record_path(settings: Settings, number: str) -> Path:
 
 def read_record(settings: Settings, number: str) -> dict | None:
     path = record_path(settings, number)
-    return read_json(path) if path.exists() else None
+    return read_sealed(path) if path.exists() else None
 
 
 def digest(record: dict) -> str:
@@ -429,6 +457,40 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------ run
 
 
+def note_notebook(settings: Settings, step: Step, path: Path) -> None:
+    """Record an executed copy's hash beside its step's record: it is written when the step has ended."""
+    write_sealed(
+        settings.run_folder / "records" / f"{step.number}.notebook.json",
+        {
+            path.relative_to(settings.run_folder).as_posix(): dict(
+                sha256=sha256_of_file(path), bytes=path.stat().st_size
+            )
+        },
+    )
+
+
+def readers(number: str) -> list[str]:
+    """A step and all that are made from it, in order."""
+    found = {number}
+    for step in STEPS.values():
+        if found & set(step.upstream):
+            found.add(step.number)
+    return sorted(found)
+
+
+def move_aside(folder: Path, paths: list[Path]) -> Path:
+    """Move files and folders of a run below `aside/<now>/`, where nothing reads them. Raises `BadInput`."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = (f"{stamp}{more}" for more in ("", *(f"-{i}" for i in range(2, 1000))))
+    aside = next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
+    with writing(aside):
+        for path in paths:
+            target = aside / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    return aside
+
+
 class Run:
     """One step of one experiment, opened by its notebook: `run = Run(settings, "02_first_search", data, base)`.
 
@@ -489,7 +551,7 @@ class Run:
             opened_at=time.time(),
             versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
-        write_json(record_path(self.settings, self.step.number), self.record)
+        write_sealed(record_path(self.settings, self.step.number), self.record)
         return True
 
     def lost_seconds(self, before: dict) -> float:
@@ -517,16 +579,33 @@ class Run:
             for path in files
             if path.name not in NOT_OUTPUTS
         }
+        self.record["beside"] = self.hashes_beside()
         self.record["finished"] = now()
         self.record["measured"] = dict(
             folder_bytes=sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
             peak_memory_bytes=peak_memory(),
         )
         self.record["seconds"] += round(time.monotonic() - self.started, 1)
-        write_json(record_path(self.settings, self.step.number), self.record)
+        write_sealed(record_path(self.settings, self.step.number), self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
+
+    def hashes_beside(self) -> dict[str, dict]:
+        """Of what no later step reads, but a reader looks at: histories, the plan, trials' pictures, readings of the test set.
+
+        Files that only grow are hashed as long as they are now.
+        """
+        others = set()  # what other steps wrote
+        for number in STEPS.keys() - {self.step.number}:
+            others |= (read_record(self.settings, number) or {}).get("beside", {}).keys() - set(SHARED)
+        paths = [path for part in BESIDE for path in sorted(self.folder.glob(part)) if path.is_file()]
+        named = {path.relative_to(self.folder).as_posix(): path for path in paths}
+        return {
+            name: dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
+            for name, path in named.items()
+            if name not in others
+        }
 
     def keep(self, name: str, result: Any) -> Any:
         """Write a result to `metrics/<name>.json`, unless the step is finished; the result as it reads back."""

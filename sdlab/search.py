@@ -106,6 +106,20 @@ def open_study(settings: Settings, search: str) -> optuna.Study:
         ) from None
 
 
+def rename_study(settings: Settings, search: str, more: str) -> None:
+    """Give a study another name, if there is one, so that the search begins anew; the dashboard shows both."""
+    name = study_name(settings, search)
+    if not settings.storage and not (settings.run_folder / "searches.db").exists():
+        return
+    with storing(settings):
+        storage = optuna.storages.get_storage(settings.storage_url)
+        if name in optuna.study.get_all_study_names(storage):
+            optuna.copy_study(
+                from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=f"{name} ({more})"
+            )
+            optuna.delete_study(study_name=name, storage=storage)
+
+
 def run_search(
     run: Run,
     base: BaseModel,
@@ -149,7 +163,9 @@ def storing(settings: Settings) -> Iterator[None]:
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ or error
         if number := refusal(cause):
-            place = f"The `storage` of {settings.experiment}" if settings.storage else settings.run_folder / "searches.db"
+            place = (
+                f"The `storage` of {settings.experiment}" if settings.storage else settings.run_folder / "searches.db"
+            )
             raise BadInput(cannot_write(place, number)) from None
         raise BadInput(
             f"The `storage` of {settings.experiment} failed ({str(cause).splitlines()[0]}): when it is there again, the same "

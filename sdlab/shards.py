@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.run import read_json, sha256_of_file
+from sdlab.run import read_sealed, sha256_of_file
 from sdlab.settings import BadInput
 
 
@@ -19,7 +19,7 @@ def stored_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.nda
 
     Each shard is checked against its hash when it is reached. Raises `BadInput` for one that is missing or damaged.
     """
-    manifest = read_json(folder / "manifest.json", "run its step again, which makes it.")
+    manifest = read_sealed(folder / "manifest.json", "run its step again, which makes it.")
     size, shards = manifest["plan"]["shard_size"], manifest["shards"]
     for index in range(-(-count // size)):
         path = shard_path(folder, index)

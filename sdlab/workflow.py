@@ -1,5 +1,6 @@
 """`sdlab` on the command line: runs the notebooks in order with papermill, and says what is done."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import click
 import yaml
@@ -18,8 +19,24 @@ from tqdm import tqdm
 
 from sdlab.datasets import dataset_facts, fetch_dataset
 from sdlab.export import export
-from sdlab.run import BENCHMARKS, STEPS, Lock, Step, check_step, record_path, step_state
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file
+from sdlab.run import (
+    BENCHMARKS,
+    STEPS,
+    WRITES,
+    Lock,
+    Step,
+    cannot_write,
+    check_step,
+    move_aside,
+    note_notebook,
+    read_record,
+    readers,
+    record_path,
+    refusal,
+    step_state,
+    written_beside,
+)
+from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file, read_parameters
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 
@@ -34,6 +51,10 @@ class OneSentence(click.Group):
             if ctx.params.get("debug"):
                 raise
             raise click.ClickException(str(error)) from None
+        except OSError as error:  # of what is written outside any run: a terminal's temporary folder, a notebook's copy
+            if ctx.params.get("debug") or not (number := refusal(error)):
+                raise
+            raise click.ClickException(cannot_write(error.filename or tempfile.gettempdir(), number)) from None
 
 
 @click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +79,8 @@ def with_settings(command):
         return ctx.invoke(command, settings=Settings.from_file(parameter_file(experiment), **on_top), **kwargs)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__click_params__ = getattr(wrapped, "__click_params__", []) + getattr(command, "__click_params__", [])
+    # click reads them from the last to the first: EXPERIMENT comes before a command's own arguments.
+    wrapped.__click_params__ = getattr(command, "__click_params__", []) + getattr(wrapped, "__click_params__", [])
     return wrapped
 
 
@@ -76,10 +98,14 @@ def parsed(name: str, value: str):
 @cli.command()
 @with_settings
 @click.option("--until", default="07", show_default=True, help="Last notebook to run, by number.")
-def run(settings: Settings, until: str) -> None:
+@click.option(
+    "--redo", metavar="NN", help="Run this notebook and those that read it anew; what they made is moved to aside/."
+)
+def run(settings: Settings, until: str, redo: str | None) -> None:
     """Run the notebooks in order; skip what is finished, stop at the first failure."""
-    if until not in STEPS:
-        raise BadInput(f"`--until` is {until!r}: notebooks are {', '.join(STEPS)}.")
+    for name, number in (("until", until), ("redo", redo)):
+        if number not in (None, *STEPS):
+            raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STEPS)}.")
     from sdlab.results import tables_are_current  # pandas is slow to import, and `sdlab --help` needs none
 
     fetch_dataset(settings)
@@ -88,7 +114,11 @@ def run(settings: Settings, until: str) -> None:
     name = hashlib.sha256(str(settings.run_folder).encode()).hexdigest()[:16]
     # Not in the run's folder, where a run that is refused may leave nothing.
     lock = Lock(Path(tempfile.gettempdir()) / f"sdlab-{os.getuid()}-{name}.lock", settings.run_folder, "sdlab run")
+    if lock.note:
+        click.echo(lock.note, err=True)
     started, executed = time.monotonic(), 0
+    if redo:
+        set_aside(settings, redo)
     for step in STEPS.values():
         if step.number > until:
             break
@@ -104,6 +134,25 @@ def run(settings: Settings, until: str) -> None:
         publish(settings)
         show_tables(settings)
     click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+def set_aside(settings: Settings, number: str) -> None:
+    """Move what a step made, and what was made from it, to aside/; of its search, the study to another name."""
+    folder = settings.run_folder
+    paths = []
+    for step in map(STEPS.get, readers(number)):
+        patterns = (*WRITES[step.number], f"records/{step.number}.*", f"notebooks/{step.stem}.ipynb")
+        paths += [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if not paths:
+        return
+    lock = Lock(folder / ".lock", folder, "sdlab run --redo")
+    aside = move_aside(folder, paths)
+    for search in [search for step, search in (("02", "search_1"), ("04", "search_2")) if step in readers(number)]:
+        from sdlab.search import rename_study  # optuna is slow to import
+
+        rename_study(settings, search, f"aside {aside.name}")
+    lock.release()
+    click.echo(f"{len(paths)} files and folders were moved to {shown(aside)}/")
 
 
 def fetch_base_model(settings: Settings) -> None:
@@ -142,7 +191,7 @@ def execute(settings: Settings, step: Step) -> float:
         except PapermillExecutionError as error:
             # A notebook that was refused before it opened its step leaves nothing.
             opened = record.exists() and record.read_bytes() != before
-            kept = keep_executed(settings, output) if opened else None
+            kept = keep_executed(settings, step, output) if opened else None
             raise BadInput(failure(step, error, kept)) from None
         except DeadKernelError:
             raise BadInput(
@@ -150,7 +199,7 @@ def execute(settings: Settings, step: Step) -> float:
             ) from None
         except KeyboardInterrupt:
             raise BadInput(f"Stopped during {step.stem}: the same command goes on where it was.") from None
-        keep_executed(settings, output)
+        keep_executed(settings, step, output)
     return time.monotonic() - started
 
 
@@ -162,7 +211,7 @@ def failure(step: Step, error, kept: Path | None) -> str:
     return f"{step.stem} failed in cell [{error.exec_count}] with {error.ename}: {error.evalue}{where}."
 
 
-def keep_executed(settings: Settings, output: Path) -> Path | None:
+def keep_executed(settings: Settings, step: Step, output: Path) -> Path | None:
     """Move an executed notebook into the run's folder, machine paths taken out; nothing if the run wrote nothing."""
     if not settings.run_folder.exists() or not output.exists():
         return None
@@ -172,16 +221,18 @@ def keep_executed(settings: Settings, output: Path) -> Path | None:
     for path in (str(output.parent), str(PROJECT_ROOT)):
         text = text.replace(json.dumps(path)[1:-1] + "/", "").replace(json.dumps(path)[1:-1], ".")
     kept = settings.run_folder / "notebooks" / output.name
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(text, encoding="utf-8")
+    with written_beside(kept) as beside:
+        beside.write_text(text, encoding="utf-8")
+    if step.number in STEPS:
+        note_notebook(settings, step, kept)
     return kept
 
 
 def publish(settings: Settings) -> None:
     """Executed notebooks beside the tables, for readers on the web."""
-    settings.report_folder.mkdir(parents=True, exist_ok=True)
     for path in sorted((settings.run_folder / "notebooks").glob("*.ipynb")):
-        shutil.copyfile(path, settings.report_folder / path.name)
+        with written_beside(settings.report_folder / path.name) as beside:
+            shutil.copyfile(path, beside)
 
 
 def show_tables(settings: Settings) -> None:
@@ -289,6 +340,85 @@ def status(settings: Settings) -> None:
         else:
             why = state.why
         click.echo(f"  {step.stem:<24} {state.state:<8} {why}")
+
+
+@cli.command("verify")
+@click.argument("path")
+def verify_run(path: str) -> None:
+    """Check every file of an experiment against its hash and what it was made from. PATH is its folder, or its name.
+
+    Names each damaged, missing, foreign or stale file and the command that makes just that anew; exit code 1 if there is one.
+    """
+    from sdlab.verify import verify
+
+    settings = settings_of(path)
+    found, files = verify(settings)
+    for finding in found:
+        click.echo(f"{finding.state:<8} {finding.path}: {finding.why}\n         {finding.repair}")
+    click.echo(f"{shown(settings.run_folder)}: {files} files read, {len(found)} not as they were written.")
+    if found:
+        raise SystemExit(1)
+
+
+def settings_of(path: str) -> Settings:
+    """The settings of an experiment's folder, wherever it was moved to, or of a parameter file. Raises `BadInput`."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return Settings.from_file(parameter_file(path))
+    if not (folder / "settings.yaml").is_file():
+        raise BadInput(f"{path} is no experiment's folder: it has no settings.yaml.")
+    given = read_parameters(folder / "settings.yaml")
+    return Settings.from_mapping(given | dict(runs_root=str(folder.resolve().parent), experiment=folder.resolve().name))
+
+
+@cli.command()
+@with_settings
+@click.argument("path")
+def repair(settings: Settings, path: str) -> None:
+    """Make one file or folder of an experiment anew, the same bytes; PATH is as `sdlab verify` names it.
+
+    What is there is moved to aside/ first, never deleted.
+    """
+    from sdlab.verify import inside, verify
+
+    folder, found = settings.run_folder, [finding.path for finding in verify(settings)[0]]
+    if not inside(path) or not any(name == path or name.startswith(f"{path}/") for name in found):
+        raise BadInput(
+            f"`{path}` is not among what is wrong with {shown(folder)} ({', '.join(found[:5]) or 'nothing is'}): nothing was done."
+        )
+    lock = Lock(folder / ".lock", folder, "sdlab repair")
+    there = (folder / path).exists()
+    if there:
+        move_aside(folder, [folder / path])
+    lock.release()
+    step = maker(settings, path)
+    if path.startswith("synthetic/"):
+        from sdlab.evaluation import remake  # torch and diffusers are slow to import
+
+        os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
+        remake(settings, PurePosixPath(path).parts[1])
+    elif step is not None:
+        os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
+        execute(settings, step)
+    left = [finding.path for finding in verify(settings)[0]]
+    said = f"{path} was moved to {shown(folder)}/aside/" if there else f"{path} was not there"
+    if any(name == path or name.startswith(f"{path}/") for name in left):
+        raise BadInput(f"{said}, and what was made is not what it was: device, threads or versions differ.")
+    click.echo(f"{said}; made anew, as it was.")
+
+
+def maker(settings: Settings, path: str) -> Step | None:
+    """The step that writes a file or folder of a run."""
+    if path.startswith("records/"):
+        return STEPS.get(path[8:10])
+    for number, step in STEPS.items():
+        record = None
+        with contextlib.suppress(BadInput):
+            record = read_record(settings, number)
+        names = [*record["outputs"], *record.get("beside", {}), f"notebooks/{step.stem}.ipynb"] if record else []
+        if path != "settings.yaml" and any(name == path or name.startswith(f"{path}/") for name in names):
+            return step
+    return None
 
 
 @cli.command()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Two busy OpenMP threads on two cores that others use too are many times slower than one.
@@ -21,6 +23,12 @@ from sdlab.settings import Settings
 
 torch.set_num_threads(1)
 SMOKE = Path(__file__).parent / "smoke.yaml"
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def command(*arguments, cwd=None):
+    return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
 
 
 def write_base_model(folder: Path, prediction_type: str = "epsilon") -> Path:
@@ -82,3 +90,22 @@ def data() -> ImageDataset:
         return Split(images.astype(np.uint8), labels.astype(np.int64))
 
     return ImageDataset("bars", "made by the tests", ("left", "middle", "right"), split(48), split(24), split(30))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A parameter file of smoke depth whose runs and reports lie in a folder of their own."""
+    folder = tmp_path_factory.mktemp("world")
+    given = yaml.safe_load(SMOKE.read_text()) | dict(
+        runs_root=str(folder / "runs"), reports_root=str(folder / "reports")
+    )
+    (folder / "smoke.yaml").write_text(yaml.safe_dump(given))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(world):
+    """`sdlab run`, whole. Tests that damage it take a copy."""
+    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return world, done

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from sdlab.export import export
-from sdlab.run import StepState, sha256_of_file, write_json
+from sdlab.run import StepState, sha256_of_file, write_json, write_sealed
 from sdlab.settings import BadInput
 from sdlab.shards import shard_path
 
@@ -33,7 +33,7 @@ def make_pool(settings, shards, size, pixels, images, chosen):
         labels = np.arange(index * size, (index + 1) * size) % 3
         save_file({"images": held, "labels": labels}, shard_path(folder, index))
         entries[str(index)] = dict(sha256=sha256_of_file(shard_path(folder, index)), seconds=1.0)
-    write_json(folder / "manifest.json", dict(plan=dict(shard_size=size), shards=entries))
+    write_sealed(folder / "manifest.json", dict(plan=dict(shard_size=size), shards=entries))
     metrics, cell = settings.run_folder / "metrics", dict(test=dict(mean=0.5, std=0.1, n=100, recall=[]))
     pool = dict(synthetic="abc", images=images, classes=CLASSES, point=dict(num_inference_steps=5))
     write_json(metrics / "scaling.json", dict(chosen="x2", protocol="sealed", pool=pool))

@@ -6,62 +6,36 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from conftest import SMOKE
+from conftest import BIN, ENVIRONMENT, command
 
 from sdlab.run import STEPS, Lock, step_state
 from sdlab.settings import PROJECT_ROOT, Settings
-
-BIN = Path(sys.executable).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-
-
-def command(*arguments, cwd=None):
-    return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A parameter file of smoke depth whose runs and reports lie in a folder of their own."""
-    folder = tmp_path_factory.mktemp("world")
-    given = yaml.safe_load(SMOKE.read_text()) | dict(
-        runs_root=str(folder / "runs"), reports_root=str(folder / "reports")
-    )
-    (folder / "smoke.yaml").write_text(yaml.safe_dump(given))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def finished(world):
-    """`sdlab run`, whole."""
-    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return world, done
 
 
 def settings_of(world) -> Settings:
     return Settings.from_file(world / "smoke.yaml")
 
 
-def test_a_notebook_before_its_upstream_says_which_to_run(world):
+def test_a_notebook_before_its_upstream_says_which_to_run(world, tmp_path):
     """Plain papermill: the sentence is the last line, the exit code is not 0, and nothing is written under runs/."""
-    out = world / "too_early.ipynb"
+    out = tmp_path / "too_early.ipynb"
     done = command(
-        BIN / "papermill", PROJECT_ROOT / "notebooks/06_importance.ipynb", out, "-f", world / "smoke.yaml", cwd=world
-    )
+        BIN / "papermill", PROJECT_ROOT / "notebooks/06_importance.ipynb", out, "-f", world / "smoke.yaml",
+        "-p", "runs_root", tmp_path / "runs", cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert (
         "06_importance reads what 02_first_search writes, which is not run" in last
         and "run 02_first_search first" in last
     )
-    assert not (world / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ import threading
 
 import pytest
 
-from sdlab.run import STEPS, Lock, Run, read_record, sha256_of_file, step_state, write_json, written_beside
+from sdlab.run import (
+    STEPS,
+    Lock,
+    Run,
+    read_record,
+    sha256_of_file,
+    step_state,
+    write_json,
+    write_sealed,
+    written_beside,
+)
 from sdlab.settings import BadInput
 
 
@@ -84,7 +94,7 @@ def test_what_comes_after_a_changed_step_is_stale(settings):
     path = settings.run_folder / "metrics/of_01.json"
     write_json(path, "made anew, with another result")
     record["outputs"]["metrics/of_01.json"] = dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
-    write_json(settings.run_folder / "records" / "01.json", record)
+    write_sealed(settings.run_folder / "records" / "01.json", record)
     assert step_state(settings, "02").why == "01_class_encoder was made anew since"
 
 

@@ -181,8 +181,14 @@ def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (sqlite3.OperationalError("database or disk is full"), r"searches.db cannot be written \(No space left on device\)"),
-        (sqlite3.OperationalError("attempt to write a readonly database"), r"searches.db cannot be written \(Read-only"),
+        (
+            sqlite3.OperationalError("database or disk is full"),
+            r"searches.db cannot be written \(No space left on device\)",
+        ),
+        (
+            sqlite3.OperationalError("attempt to write a readonly database"),
+            r"searches.db cannot be written \(Read-only",
+        ),
         (sqlite3.OperationalError("disk I/O error"), r"searches.db cannot be written \(Input/output error\)"),
         (sqlite3.OperationalError("server closed the connection"), "failed .*server closed.*: when it is there again"),
     ],

@@ -109,7 +109,9 @@ def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step, resume
         )  # fmt: skip
     bar = Counts()
     _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan(part), progress=bar)
-    assert bar.made == 9 - (step - (step % 3 or 3) if resume_seconds else (step - 1))  # steps made again: of an epoch, or one
+    assert bar.made == 9 - (
+        step - (step % 3 or 3) if resume_seconds else (step - 1)
+    )  # steps made again: of an epoch, or one
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert len(whole) == 3 * 2 + 1 and whole == cut
     assert [(e["epoch"], e["loss"]) for e in history] == [(e["epoch"], e["loss"]) for e in uncut]
@@ -121,7 +123,12 @@ def test_a_state_inside_an_epoch_can_be_cut_again(settings, moments, tmp_path):
     for _ in range(8):
         with pytest.raises(Killed):
             fit(
-                load_base_model(settings), moments, tmp_path / "cut", plan("unet"), progress=DiesAt(2), resume_seconds=0.0
+                load_base_model(settings),
+                moments,
+                tmp_path / "cut",
+                plan("unet"),
+                progress=DiesAt(2),
+                resume_seconds=0.0,
             )
     fit(load_base_model(settings), moments, tmp_path / "cut", plan("unet"))
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
@@ -189,7 +196,8 @@ def test_another_plan_in_the_same_folder_is_refused(base, moments, tmp_path, mor
 def test_a_loss_that_is_not_finite_stops_with_the_step(base, moments, tmp_path):
     moments.mean[7] = math.inf
     with pytest.raises(
-        BadInput, match=r"became nan at epoch 1, step \d of 3 \(training images \d+, .*class_encoder_learning_rate 0.001"
+        BadInput,
+        match=r"became nan at epoch 1, step \d of 3 \(training images \d+, .*class_encoder_learning_rate 0.001",
     ):
         fit(base, moments, tmp_path, plan())
 
@@ -315,12 +323,16 @@ def test_the_cosine_goes_from_one_to_zero():
     assert cosine(0, 100) == 1 and cosine(50, 100) == pytest.approx(0.5) and cosine(100, 100) == pytest.approx(0)
 
 
-def test_latents_are_encoded_once(base, data, tmp_path):
+@pytest.mark.parametrize("tiny", [False, True])
+def test_latents_are_encoded_once(settings, data, tmp_path, tiny):
+    base = load_base_model(dataclasses.replace(settings, base_model="tiny") if tiny else settings)
     path = tmp_path / "train.npz"
     images = data.train.images
     first = encode_images(images.__getitem__, len(images), base, 16, path, "made from this")
     second = encode_images(None, len(images), base, 16, path, "made from this")  # would fail if it encoded
     assert torch.equal(first.mean, second.mean) and torch.equal(first.std, second.std)
+    # Their layout in memory too: it chooses algorithms, and so the last bits of a training (tiny's VAE answers channels last).
+    assert (first.mean.stride(), first.std.stride()) == (second.mean.stride(), second.std.stride())
     posterior = base.vae.encode(to_model(data.train.images, 16)).latent_dist
     torch.testing.assert_close(first.mean.float(), posterior.mean, atol=1e-4, rtol=1e-3)  # half precision
     torch.testing.assert_close(first.std.float(), posterior.std, atol=1e-4, rtol=1e-3)

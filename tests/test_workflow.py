@@ -174,3 +174,16 @@ def test_time_of_an_attempt_that_was_cut_counts(file):
     again = Run(settings, "00_data_and_base_model")
     assert again.record["seconds"] == pytest.approx(100.0)
     again.lock.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("run", "[OPTIONS] EXPERIMENT"),
+        ("export", "[OPTIONS] EXPERIMENT TARGET"),
+        ("repair", "[OPTIONS] EXPERIMENT PATH"),
+        ("verify", "[OPTIONS] PATH"),
+    ],
+)
+def test_arguments_come_in_the_order_that_the_readme_gives(name, usage):
+    assert CliRunner().invoke(cli, [name, "--help"]).output.splitlines()[0].endswith(f"{name} {usage}")

@@ -1,0 +1,344 @@
+"""An experiment's folder -> what in it is damaged, missing, foreign or stale, and the command that makes it anew.
+
+Every file is compared with the hash that was written down when it was made: results in the records of their steps, shards
+in their set's manifest, weights in their checkpoint's, a resume state in itself, a search's database in its export. And
+with what it was made from: a set of images with the checkpoints that are there now, a step with its upstream.
+Nothing is written. Nothing here imports torch.
+"""
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import safe_open
+
+from sdlab.run import STEPS, differences, digest, read_json, read_record, read_sealed, sha256_of_file
+from sdlab.settings import BadInput, Settings
+from sdlab.shards import shard_path
+
+# What a run leaves that is hashed nowhere: of no use to any later step, or checked otherwise.
+FREE = {".lock", "progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`state` is one of `damaged`, `missing`, `foreign`, `stale`; `path` is relative to the experiment's folder."""
+
+    path: str
+    state: str
+    why: str
+    repair: str
+
+
+def verify(settings: Settings, heard: Callable[[int], Any] | None = None) -> tuple[list[Finding], int]:
+    """What is wrong with an experiment's folder, and how many files were read. `heard` is told each one's bytes.
+
+    Raises `BadInput` if there is no experiment.
+    """
+    folder = settings.run_folder
+    if not folder.is_dir():
+        raise BadInput(f"There is no experiment folder {folder}: `sdlab run {settings.experiment}` makes it.")
+    return Verification(settings, heard or (lambda _: None)).findings()
+
+
+class Verification:
+    """One look at everything. Files that were accounted for are kept, so that those that nothing names stand out."""
+
+    def __init__(self, settings: Settings, heard: Callable[[int], Any]):
+        self.settings, self.folder, self.heard = settings, settings.run_folder, heard
+        self.seen: dict[str, bool] = {}  # relative path -> whether it is as it was written
+        self.found: list[Finding] = []
+
+    def findings(self) -> tuple[list[Finding], int]:
+        records = self.records()
+        self.last = max(records, key=lambda number: records[number]["opened_at"], default="")
+        for number, record in records.items():
+            self.step(number, record)
+        for part in ("class_encoder", "unet"):
+            for epoch in sorted((self.folder / part).glob("epoch_*")):
+                self.checkpoint(part, epoch)
+            self.resume_state(part, self.folder / part / "resume.safetensors")
+        for made in sorted((self.folder / "synthetic").glob("*")):
+            self.synthetic(made)
+        for number, search in (("02", "search_1"), ("04", "search_2")):
+            if number in records and records[number]["finished"] and not self.settings.storage:
+                self.search(search)
+        self.strangers(records)
+        return sorted(self.found, key=lambda f: (f.state, f.path)), len(self.seen)
+
+    # ---------------------------------------------------------------------------------------------- helpers
+
+    def add(self, path: str | Path, state: str, why: str, repair: str) -> None:
+        name = path if isinstance(path, str) else path.relative_to(self.folder).as_posix()
+        self.seen[name] = False
+        self.found.append(Finding(name, state, why, repair))
+
+    def again(self, number: str, path: str) -> str:
+        """The command that makes `path` anew, which a step wrote; a training's files only all together."""
+        part = path.partition("/")[0]
+        if part in ("pictures", "artifacts"):
+            return "nothing has to be done: it is only looked at, and no step reads it"
+        if path == "test_readings.jsonl":
+            return "put a copy of it back: it cannot be made again"
+        whole = part if part in ("class_encoder", "unet") else path
+        return f"sdlab repair {self.settings.experiment} {whole}"
+
+    def compare(self, name: str, noted: dict, number: str, prefix: bool = False) -> None:
+        """A file with its noted hash and size; with `prefix`, only its first bytes, since it grows."""
+        if not inside(name):
+            self.add(f"records/{number}.json", "foreign", f"names {name!r}, outside the folder", "move it away")
+            return
+        path, repair = self.folder / name, self.again(number, name)
+        if not path.is_file():
+            self.add(name, "missing", f"{STEPS[number].stem} wrote it", repair)
+            return
+        size = path.stat().st_size
+        self.heard(size)
+        if size != noted["bytes"] and not (prefix and size > noted["bytes"]):
+            self.add(name, "damaged", f"{size} bytes instead of {noted['bytes']}", repair)
+        elif sha256_of_prefix(path, noted["bytes"]) != noted["sha256"]:
+            self.add(name, "damaged", "its content is not what was written", repair)
+        else:
+            self.seen.setdefault(name, True)
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def records(self) -> dict[str, dict]:
+        found = {}
+        for number in STEPS:
+            name = f"records/{number}.json"
+            try:
+                record = read_record(self.settings, number)
+            except BadInput:
+                self.add(name, "damaged", "its content is not what was written", self.again(number, name))
+                continue
+            if record is not None:
+                found[number], self.seen[name] = record, True
+        return found
+
+    def step(self, number: str, record: dict) -> None:
+        """Its outputs and what lies beside them, its settings and its upstream."""
+        name = f"records/{number}.json"
+        for output, noted in record["outputs"].items():
+            self.compare(output, noted, number)
+        for path, noted in record.get("beside", {}).items():
+            if path != "settings.yaml" or number == self.last:  # each step writes it when it begins
+                self.compare(path, noted, number, prefix=path.endswith(".jsonl"))
+        if record["finished"]:
+            with contextlib.suppress(BadInput):
+                self.notebook(number)
+        changed = differences(self.settings, number, record)
+        if changed:
+            self.add(name, "stale", f"{STEPS[number].stem} was made with other settings: {changed}", self.redo(number))
+        for upstream in STEPS[number].upstream:
+            try:
+                before = read_record(self.settings, upstream)
+            except BadInput:
+                continue  # damaged, which is said already
+            if before is None:
+                self.add(f"records/{upstream}.json", "missing", f"{STEPS[number].stem} was made from it",
+                         self.again(upstream, f"records/{upstream}.json"))  # fmt: skip
+            elif before["finished"] and digest(before) != record["upstream"].get(upstream):
+                why = f"{STEPS[upstream].stem} was made anew since {STEPS[number].stem} was"
+                self.add(name, "stale", why, self.redo(number))
+
+    def redo(self, number: str) -> str:
+        return f"sdlab run {self.settings.experiment} --redo {number}"
+
+    def notebook(self, number: str) -> None:
+        name = f"records/{number}.notebook.json"
+        if not (self.folder / name).exists():
+            return  # run by hand, or cut before its copy was kept
+        try:
+            noted = read_sealed(self.folder / name)
+        except BadInput:
+            self.add(name, "damaged", "its content is not what was written", self.again(number, name))
+            return
+        self.seen[name] = True
+        for path, hashes in noted.items():
+            self.compare(path, hashes, number)
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self, part: str, epoch: Path) -> None:
+        number = {"class_encoder": "01", "unet": "03"}[part]
+        try:
+            hashes = read_json(epoch / "manifest.json")
+            odd = not isinstance(hashes, dict) or [name for name in hashes if PurePosixPath(name).name != name]
+        except BadInput:
+            hashes, odd = {}, True
+        if odd:
+            self.add(epoch / "manifest.json", "damaged", "it names no files and hashes", self.again(number, part))
+            return
+        self.seen.setdefault((epoch / "manifest.json").relative_to(self.folder).as_posix(), True)
+        for name, sha in hashes.items():
+            path = epoch / name
+            relative = path.relative_to(self.folder).as_posix()
+            if relative in self.seen:
+                continue  # of a finished step, by its record
+            if not path.is_file():
+                self.add(path, "missing", "its checkpoint's manifest names it", self.again(number, part))
+                continue
+            self.heard(path.stat().st_size)
+            if sha256_of_file(path) != sha:
+                self.add(path, "damaged", "its content is not what was written", self.again(number, part))
+            self.seen.setdefault(relative, True)
+
+    def resume_state(self, part: str, path: Path) -> None:
+        if not path.is_file():
+            return
+        number = {"class_encoder": "01", "unet": "03"}[part]
+        self.heard(path.stat().st_size)
+        self.seen[path.relative_to(self.folder).as_posix()] = True
+        if not whole_resume_state(path):
+            self.add(path, "damaged", "its content is not what was written", self.again(number, part))
+
+    # -------------------------------------------------------------------------------------------- synthetic sets
+
+    def synthetic(self, made: Path) -> None:
+        name = (made / "manifest.json").relative_to(self.folder).as_posix()
+        relative = made.relative_to(self.folder).as_posix()
+        try:
+            manifest = read_sealed(made / "manifest.json")
+        except BadInput:
+            if made.is_dir():
+                state = "damaged" if (made / "manifest.json").exists() else "missing"
+                self.add(
+                    name,
+                    state,
+                    "its set's shards cannot be told without it",
+                    f"sdlab repair {self.settings.experiment} {relative}",
+                )
+                for path in made.iterdir():
+                    self.seen.setdefault(path.relative_to(self.folder).as_posix(), False)
+            return
+        self.seen[name] = True
+        for part, sha in (manifest["made_from"] or {}).get("checkpoints", {}).items():
+            epoch = manifest["made_from"]["point"][f"{part}_epoch"]
+            with contextlib.suppress(BadInput):
+                if checkpoint_sha(self.folder / part, epoch) != sha:
+                    why = f"made with another {part}/epoch_{epoch:02d} than is there now"
+                    self.add(name, "stale", why, f"move {relative}/ away, nothing reads it any more")
+        for index, noted in manifest["shards"].items():
+            path = shard_path(made, int(index))
+            repair = f"sdlab repair {self.settings.experiment} {path.relative_to(self.folder).as_posix()}"
+            if not path.is_file():
+                self.add(path, "missing", "its set's manifest names it", repair)
+                continue
+            self.heard(path.stat().st_size)
+            self.seen[path.relative_to(self.folder).as_posix()] = True
+            if sha256_of_file(path) != noted["sha256"]:
+                self.add(path, "damaged", "its content is not what was written", repair)
+
+    # -------------------------------------------------------------------------------------------------- searches
+
+    def search(self, search: str) -> None:
+        """A finished search's trials in the SQLite file, which the dashboard reads, with its export, which counts."""
+        path, export = self.folder / "searches.db", self.folder / "metrics" / f"{search}.json"
+        if not self.seen.get(f"metrics/{search}.json"):
+            return  # nothing to compare with
+        repair = f"sdlab repair {self.settings.experiment} searches.db"
+        if not path.is_file():
+            self.add(path, "missing", "the dashboard shows it; its results are in metrics/", repair)
+            return
+        self.heard(path.stat().st_size)
+        self.seen.setdefault("searches.db", True)
+        kept = read_json(export)
+        try:
+            stored = list(stored_trials(path, kept["study"]))
+        except sqlite3.DatabaseError as error:
+            self.add(path, "damaged", f"SQLite cannot read it ({error})", repair)
+            return
+        exported = [
+            (
+                t["number"],
+                t["state"],
+                t["params"],
+                {int(k): v for k, v in t["intermediate"].items()},
+                t["value"],
+            )
+            for t in kept["trials"]
+        ]
+        if stored != exported:
+            self.add(path, "damaged", f"its trials of {search} are not those of metrics/{search}.json", repair)
+
+    # ------------------------------------------------------------------------------------------------- strangers
+
+    def strangers(self, records: dict) -> None:
+        """Files that nothing named. Of a step that is not finished there may be any of its own."""
+        unfinished = len(records) < len(STEPS) or any(not record["finished"] for record in records.values())
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if not path.is_file() or name in self.seen or name in FREE or name.startswith("aside/"):
+                continue
+            if any(part.startswith(".") and part.endswith(".part") for part in path.parts):
+                continue  # of a write that was killed; the next run takes it away
+            if unfinished and not name.endswith(".ipynb"):
+                continue
+            self.add(name, "foreign", "no step wrote it", "move it away")
+
+
+def inside(name: str) -> bool:
+    """Whether a name that a file gives stays inside the folder it speaks of."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def sha256_of_prefix(path: Path, count: int) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while count and (chunk := file.read(min(count, 2**20))):
+            found.update(chunk)
+            count -= len(chunk)
+    return found.hexdigest()
+
+
+def checkpoint_sha(folder: Path, epoch: int) -> str:
+    """As `training.checkpoint_sha`, without torch."""
+    from sdlab.run import sha256_of_json
+
+    return sha256_of_json(read_json(folder / f"epoch_{epoch:02d}" / "manifest.json"))
+
+
+def whole_resume_state(path: Path) -> bool:
+    """Whether a state of `training.save_resume_state` is what was written."""
+    try:
+        with safe_open(path, "np") as file:
+            kept = json.loads(file.metadata()["sdlab"])
+            sha256, found = kept.pop("sha256"), hashlib.sha256(json.dumps(kept).encode())
+            for name in sorted(file.keys()):
+                found.update(name.encode())
+                found.update(file.get_tensor(name).tobytes())
+    except Exception:  # whatever a damaged file makes the parsers raise
+        return False
+    return found.hexdigest() == sha256
+
+
+def stored_trials(path: Path, study: str) -> Iterator[tuple[int, str, dict, dict, float | None]]:
+    """Number, state, parameters, readings at the rungs and value of a study's trials. Raises `sqlite3.DatabaseError`."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        if (said := database.execute("pragma integrity_check").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(said)
+        trials = database.execute(
+            "select trial_id, number, state from trials where study_id = (select study_id from studies where study_name = ?) order by number",
+            (study,),
+        ).fetchall()
+        for trial, number, state in trials:
+            rows = database.execute(
+                "select param_name, param_value, distribution_json from trial_params where trial_id = ?", (trial,)
+            )
+            params = {
+                name: int(value) if json.loads(kind)["name"] == "IntDistribution" else value
+                for name, value, kind in rows
+            }
+            at = database.execute(
+                "select step, intermediate_value from trial_intermediate_values where trial_id = ?", (trial,)
+            )
+            rungs = dict(sorted(at.fetchall()))
+            value = database.execute("select value from trial_values where trial_id = ?", (trial,)).fetchone()
+            yield number, state.lower(), params, rungs, value[0] if value else None
