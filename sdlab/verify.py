@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sdlab.run import STEPS, differences, digest, read_json, read_record, read_sealed, sha256_of_file
+from sdlab.run import STEPS, differences, digest, read_json, read_record, read_sealed, sha256_of_file, sha256_of_json
 from sdlab.settings import BadInput, Settings
 from sdlab.shards import shard_path
 
@@ -78,10 +78,12 @@ class Verification:
         self.seen[name] = False
         self.found.append(Finding(name, state, why, repair))
 
-    def again(self, number: str, path: str) -> str:
-        """The command that makes `path` anew, which a step wrote; a training's files only all together."""
+    def again(self, path: str) -> str:
+        """The command that makes `path` anew; a training's files only all together."""
         part = path.partition("/")[0]
-        if part in ("pictures", "artifacts"):
+        if path == "settings.yaml":
+            return "nothing has to be done: it is written anew when the next step begins"
+        if part in ("pictures", "artifacts") or path == "metrics/plan.json":
             return "nothing has to be done: it is only looked at, and no step reads it"
         if path == "test_readings.jsonl":
             return "put a copy of it back: it cannot be made again"
@@ -93,7 +95,7 @@ class Verification:
         if not inside(name):
             self.add(f"records/{number}.json", "foreign", f"names {name!r}, outside the folder", "move it away")
             return
-        path, repair = self.folder / name, self.again(number, name)
+        path, repair = self.folder / name, self.again(name)
         if not path.is_file():
             self.add(name, "missing", f"{STEPS[number].stem} wrote it", repair)
             return
@@ -115,7 +117,7 @@ class Verification:
             try:
                 record = read_record(self.settings, number)
             except BadInput:
-                self.add(name, "damaged", "its content is not what was written", self.again(number, name))
+                self.add(name, "damaged", "its content is not what was written", self.again(name))
                 continue
             if record is not None:
                 found[number], self.seen[name] = record, True
@@ -142,7 +144,7 @@ class Verification:
                 continue  # damaged, which is said already
             if before is None:
                 self.add(f"records/{upstream}.json", "missing", f"{STEPS[number].stem} was made from it",
-                         self.again(upstream, f"records/{upstream}.json"))  # fmt: skip
+                         self.again(f"records/{upstream}.json"))  # fmt: skip
             elif before["finished"] and digest(before) != record["upstream"].get(upstream):
                 why = f"{STEPS[upstream].stem} was made anew since {STEPS[number].stem} was"
                 self.add(name, "stale", why, self.redo(number))
@@ -157,7 +159,7 @@ class Verification:
         try:
             noted = read_sealed(self.folder / name)
         except BadInput:
-            self.add(name, "damaged", "its content is not what was written", self.again(number, name))
+            self.add(name, "damaged", "its content is not what was written", self.again(name))
             return
         self.seen[name] = True
         for path, hashes in noted.items():
@@ -166,14 +168,13 @@ class Verification:
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def checkpoint(self, part: str, epoch: Path) -> None:
-        number = {"class_encoder": "01", "unet": "03"}[part]
         try:
             hashes = read_json(epoch / "manifest.json")
             odd = not isinstance(hashes, dict) or [name for name in hashes if PurePosixPath(name).name != name]
         except BadInput:
             hashes, odd = {}, True
         if odd:
-            self.add(epoch / "manifest.json", "damaged", "it names no files and hashes", self.again(number, part))
+            self.add(epoch / "manifest.json", "damaged", "it names no files and hashes", self.again(part))
             return
         self.seen.setdefault((epoch / "manifest.json").relative_to(self.folder).as_posix(), True)
         for name, sha in hashes.items():
@@ -182,21 +183,20 @@ class Verification:
             if relative in self.seen:
                 continue  # of a finished step, by its record
             if not path.is_file():
-                self.add(path, "missing", "its checkpoint's manifest names it", self.again(number, part))
+                self.add(path, "missing", "its checkpoint's manifest names it", self.again(part))
                 continue
             self.heard(path.stat().st_size)
             if sha256_of_file(path) != sha:
-                self.add(path, "damaged", "its content is not what was written", self.again(number, part))
+                self.add(path, "damaged", "its content is not what was written", self.again(part))
             self.seen.setdefault(relative, True)
 
     def resume_state(self, part: str, path: Path) -> None:
         if not path.is_file():
             return
-        number = {"class_encoder": "01", "unet": "03"}[part]
         self.heard(path.stat().st_size)
         self.seen[path.relative_to(self.folder).as_posix()] = True
         if not whole_resume_state(path):
-            self.add(path, "damaged", "its content is not what was written", self.again(number, part))
+            self.add(path, "damaged", "its content is not what was written", self.again(part))
 
     # -------------------------------------------------------------------------------------------- synthetic sets
 
@@ -226,7 +226,7 @@ class Verification:
                     self.add(name, "stale", why, f"move {relative}/ away, nothing reads it any more")
         for index, noted in manifest["shards"].items():
             path = shard_path(made, int(index))
-            repair = f"sdlab repair {self.settings.experiment} {path.relative_to(self.folder).as_posix()}"
+            repair = self.again(path.relative_to(self.folder).as_posix())
             if not path.is_file():
                 self.add(path, "missing", "its set's manifest names it", repair)
                 continue
@@ -242,7 +242,7 @@ class Verification:
         path, export = self.folder / "searches.db", self.folder / "metrics" / f"{search}.json"
         if not self.seen.get(f"metrics/{search}.json"):
             return  # nothing to compare with
-        repair = f"sdlab repair {self.settings.experiment} searches.db"
+        repair = "nothing has to be done: its results are in metrics/; `sdlab dashboard` needs a copy of it back"
         if not path.is_file():
             self.add(path, "missing", "the dashboard shows it; its results are in metrics/", repair)
             return
@@ -299,9 +299,7 @@ def sha256_of_prefix(path: Path, count: int) -> str:
 
 
 def checkpoint_sha(folder: Path, epoch: int) -> str:
-    """As `training.checkpoint_sha`, without torch."""
-    from sdlab.run import sha256_of_json
-
+    """As `training.checkpoint_sha`, which needs torch."""
     return sha256_of_json(read_json(folder / f"epoch_{epoch:02d}" / "manifest.json"))
 
 

@@ -352,7 +352,9 @@ def verify_run(path: str) -> None:
     from sdlab.verify import verify
 
     settings = settings_of(path)
-    found, files = verify(settings)
+    size = sum(file.stat().st_size for file in settings.run_folder.rglob("*") if file.is_file())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verify", leave=False, disable=None) as bar:
+        found, files = verify(settings, bar.update)
     for finding in found:
         click.echo(f"{finding.state:<8} {finding.path}: {finding.why}\n         {finding.repair}")
     click.echo(f"{shown(settings.run_folder)}: {files} files read, {len(found)} not as they were written.")
@@ -381,11 +383,14 @@ def repair(settings: Settings, path: str) -> None:
     """
     from sdlab.verify import inside, verify
 
-    folder, found = settings.run_folder, [finding.path for finding in verify(settings)[0]]
-    if not inside(path) or not any(name == path or name.startswith(f"{path}/") for name in found):
-        raise BadInput(
-            f"`{path}` is not among what is wrong with {shown(folder)} ({', '.join(found[:5]) or 'nothing is'}): nothing was done."
-        )
+    folder, found = settings.run_folder, verify(settings)[0]
+    meant = [finding for finding in found if finding.path == path or finding.path.startswith(f"{path}/")]
+    if not inside(path) or not meant:
+        wrong = ", ".join(finding.path for finding in found[:5]) or "nothing is"
+        raise BadInput(f"`{path}` is not among what is wrong with {shown(folder)} ({wrong}): nothing was done.")
+    if not meant[0].repair.startswith("sdlab repair"):
+        raise BadInput(f"`{path}` is {meant[0].state} ({meant[0].why}), which no repair makes good: {meant[0].repair}.")
+    path = meant[0].repair.split()[-1]  # of a training's file, the training
     lock = Lock(folder / ".lock", folder, "sdlab repair")
     there = (folder / path).exists()
     if there:
@@ -416,7 +421,7 @@ def maker(settings: Settings, path: str) -> Step | None:
         with contextlib.suppress(BadInput):
             record = read_record(settings, number)
         names = [*record["outputs"], *record.get("beside", {}), f"notebooks/{step.stem}.ipynb"] if record else []
-        if path != "settings.yaml" and any(name == path or name.startswith(f"{path}/") for name in names):
+        if any(name == path or name.startswith(f"{path}/") for name in names):
             return step
     return None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 
@@ -111,7 +112,7 @@ def test_names_stay_inside(name, good):
     assert inside(name) == good
 
 
-@pytest.mark.parametrize("what", ["a shard", "a checkpoint", "a score"])
+@pytest.mark.parametrize("what", ["a shard", "a checkpoint", "a score", "a record"])
 def test_repair_makes_the_same_bytes_of_just_that(run, what):
     """With the command that verify gives; what was damaged is kept aside, all else stays as it was."""
     settings, file = run
@@ -120,6 +121,7 @@ def test_repair_makes_the_same_bytes_of_just_that(run, what):
         "a shard": sorted((folder / "synthetic").glob("*/shard_00001.safetensors"))[0],
         "a checkpoint": folder / "class_encoder/epoch_01/diffusion_pytorch_model.safetensors",
         "a score": folder / "metrics/x01.json",
+        "a record": folder / "records/06.json",
     }[what]
     name, good = path.relative_to(folder).as_posix(), sha256_of_file(path)
     damage(path, None, "altered", random.Random(1))
@@ -130,7 +132,8 @@ def test_repair_makes_the_same_bytes_of_just_that(run, what):
     assert (said, experiment) == ("sdlab repair", "smoke")
     done = command(BIN / "sdlab", "repair", file, target)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sha256_of_file(path) == good and verify(settings)[0] == []
+    assert verify(settings)[0] == []
+    assert sha256_of_file(path) == good or what == "a record"  # which says when it was opened
     assert [p for p in (folder / "aside").rglob(path.name) if p.read_bytes() == bad]
     assert command(BIN / "sdlab", "run", file).stdout.count("skipped") == 7  # the tables' files were left elsewhere
     assert command(BIN / "sdlab", "repair", file, target).returncode == 1  # nothing is wrong with it any more
@@ -158,3 +161,21 @@ def test_redo_moves_aside_and_makes_the_same_again(run):
     assert len(names) == 3 and {"smoke-search_1", "smoke-search_2", f"smoke-search_2 (aside {aside.name})"} == set(
         names
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("metrics/x01.json", "is not among what is wrong with .*: nothing was done"),
+        ("../smoke", "is not among what is wrong"),
+        ("test_readings.jsonl", "is damaged .*which no repair makes good: put a copy of it back"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused_and_stays(run, path, said):
+    settings, file = run
+    readings = settings.run_folder / "test_readings.jsonl"
+    readings.write_bytes(readings.read_bytes()[:-30])
+    before = {name: (settings.run_folder / name).read_bytes() for name in files_of(settings.run_folder)}
+    done = command(BIN / "sdlab", "repair", file, path)
+    assert done.returncode == 1 and re.search(said, done.stderr) and "Traceback" not in done.stderr
+    assert before == {name: (settings.run_folder / name).read_bytes() for name in files_of(settings.run_folder)}
