@@ -15,7 +15,7 @@ from sdlab.images import Facts
 from sdlab.paper import DATASETS
 from sdlab.planning import Work, make_plan, measure, simulated, warnings, workload
 from sdlab.results import actual, duration, plan_sentences, plan_table
-from sdlab.run import write_json
+from sdlab.run import write_json, write_sealed
 from sdlab.settings import PARAMS, BadInput, Settings
 
 FACTS = Facts(train=48, val=24, test=30, num_classes=3, image_size=8)
@@ -63,7 +63,7 @@ def test_what_a_finished_search_found_is_used(settings):
     before = workload(settings, FACTS)["03"].passes
     write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(point=point)))
     assert workload(settings, FACTS)["03"].passes == before  # not finished, so not believed
-    write_json(settings.run_folder / "records/02.json", dict(finished="yes"))
+    write_sealed(settings.run_folder / "records/02.json", dict(finished="yes"))
     assert workload(settings, FACTS)["03"].passes == 2 * 40 * 2
 
 
@@ -159,7 +159,7 @@ def test_plan_and_actual_stand_side_by_side(settings):
     for number, bytes_so_far in (("00", 0), ("01", 3_000_000)):
         measured = dict(folder_bytes=bytes_so_far, peak_memory_bytes=700_000_000)
         record = dict(finished="yes", seconds=90.0, measured=measured, settings=settings.of_step(number))
-        write_json(settings.run_folder / f"records/{number}.json", record)
+        write_sealed(settings.run_folder / f"records/{number}.json", record)
     table = plan_table(made, actual(settings)).set_index("notebook")
     assert table.loc["01_class_encoder", "took"] == "1.5 min" and table.loc["01_class_encoder", "disk used"] == "3 MB"
     assert table.loc["02_first_search", "took"] == "" and table.loc["all", "took"] == "3.0 min"

@@ -23,7 +23,7 @@ from sdlab.results import (
     to_latex,
     to_markdown,
 )
-from sdlab.run import StepState, write_json
+from sdlab.run import StepState, write_json, write_sealed
 
 
 def scored(accuracies, n=500):
@@ -243,7 +243,7 @@ def test_names_cannot_break_a_table():
 
 def test_a_run_that_kept_no_plan_says_so_and_older_records_are_no_obstacle(settings):
     assert results.kept_plan(settings) is None
-    write_json(
+    write_sealed(
         settings.run_folder / "records/00.json", dict(finished="yes", seconds=9.0, settings=settings.of_step("00"))
     )
     took = results.actual(settings)["00"]
