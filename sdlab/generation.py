@@ -82,7 +82,8 @@ class SyntheticSet:
         path = self.folder / "manifest.json"
         # The labels stand in the shards: a period may be as long as the real training set.
         plan = {name: value for name, value in self.plan.__dict__.items() if name != "labels"}
-        return read_sealed(path) if path.exists() else {"plan": plan, "made_from": self.made_from, "shards": {}}
+        begun = {"key": self.plan.key(), "plan": plan, "made_from": self.made_from, "shards": {}}
+        return read_sealed(path) if path.exists() else begun
 
     def shard(self, index: int) -> Path:
         return shard_path(self.folder, index)

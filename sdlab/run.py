@@ -207,7 +207,8 @@ def write_sealed(path: Path, value: dict) -> None:
 def read_sealed(path: Path, how_to_make: str = "") -> dict:
     """What `write_sealed` wrote. Raises `BadInput` if it is missing, or not what was written."""
     value = read_json(path, how_to_make)
-    if not isinstance(value, dict) or value.pop("sha256", None) != sha256_of_json(value):
+    whole = path.read_bytes().endswith(b"}\n")
+    if not whole or not isinstance(value, dict) or value.pop("sha256", None) != sha256_of_json(value):
         raise BadInput(f"{path} is damaged (its hash is not that of its content): move it away and run its step again.")
     return value
 

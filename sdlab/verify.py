@@ -17,7 +17,17 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sdlab.run import STEPS, differences, digest, read_json, read_record, read_sealed, sha256_of_file, sha256_of_json
+from sdlab.run import (
+    STEPS,
+    WRITES,
+    differences,
+    digest,
+    read_json,
+    read_record,
+    read_sealed,
+    sha256_of_file,
+    sha256_of_json,
+)
 from sdlab.settings import BadInput, Settings
 from sdlab.shards import shard_path
 
@@ -55,7 +65,7 @@ class Verification:
         self.found: list[Finding] = []
 
     def findings(self) -> tuple[list[Finding], int]:
-        records = self.records()
+        records = self.known = self.records()
         self.last = max(records, key=lambda number: records[number]["opened_at"], default="")
         for number, record in records.items():
             self.step(number, record)
@@ -116,11 +126,16 @@ class Verification:
             name = f"records/{number}.json"
             try:
                 record = read_record(self.settings, number)
+                if record is not None and record.get("step") != STEPS[number].stem:
+                    raise BadInput("of another step")
             except BadInput:
                 self.add(name, "damaged", "its content is not what was written", self.again(name))
                 continue
             if record is not None:
                 found[number], self.seen[name] = record, True
+            elif left := [path for part in WRITES[number] for path in self.folder.glob(part)]:  # it is written first
+                why = f"there is {left[0].relative_to(self.folder).as_posix()}, which {STEPS[number].stem} wrote"
+                self.add(name, "missing", why, self.again(name))
         return found
 
     def step(self, number: str, record: dict) -> None:
@@ -138,14 +153,11 @@ class Verification:
         if changed:
             self.add(name, "stale", f"{STEPS[number].stem} was made with other settings: {changed}", self.redo(number))
         for upstream in STEPS[number].upstream:
-            try:
-                before = read_record(self.settings, upstream)
-            except BadInput:
-                continue  # damaged, which is said already
-            if before is None:
-                self.add(f"records/{upstream}.json", "missing", f"{STEPS[number].stem} was made from it",
-                         self.again(f"records/{upstream}.json"))  # fmt: skip
-            elif before["finished"] and digest(before) != record["upstream"].get(upstream):
+            path = f"records/{upstream}.json"
+            before = self.known.get(upstream)
+            if before is None and not (self.folder / path).exists() and path not in self.seen:
+                self.add(path, "missing", f"{STEPS[number].stem} was made from it", self.again(path))
+            elif before and before["finished"] and digest(before) != record["upstream"].get(upstream):
                 why = f"{STEPS[upstream].stem} was made anew since {STEPS[number].stem} was"
                 self.add(name, "stale", why, self.redo(number))
 
@@ -154,10 +166,16 @@ class Verification:
 
     def notebook(self, number: str) -> None:
         name = f"records/{number}.notebook.json"
+        copy = f"notebooks/{STEPS[number].stem}.ipynb"
         if not (self.folder / name).exists():
-            return  # run by hand, or cut before its copy was kept
+            if (self.folder / copy).exists():  # else it was run by hand
+                self.add(name, "missing", f"it has the hash of {copy}", self.again(name))
+                self.seen.setdefault(copy, True)
+            return
         try:
             noted = read_sealed(self.folder / name)
+            if list(noted) != [copy]:
+                raise BadInput("of another notebook")
         except BadInput:
             self.add(name, "damaged", "its content is not what was written", self.again(name))
             return
@@ -205,6 +223,8 @@ class Verification:
         relative = made.relative_to(self.folder).as_posix()
         try:
             manifest = read_sealed(made / "manifest.json")
+            if manifest.get("key") != made.name:
+                raise BadInput("of another set")
         except BadInput:
             if made.is_dir():
                 state = "damaged" if (made / "manifest.json").exists() else "missing"
