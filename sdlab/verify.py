@@ -69,6 +69,8 @@ class Verification:
         self.last = max(records, key=lambda number: records[number]["opened_at"], default="")
         for number, record in records.items():
             self.step(number, record)
+        for number in STEPS:
+            self.notebook(number)
         for part in ("class_encoder", "unet"):
             for epoch in sorted((self.folder / part).glob("epoch_*")):
                 self.checkpoint(part, epoch)
@@ -146,9 +148,6 @@ class Verification:
         for path, noted in record.get("beside", {}).items():
             if path != "settings.yaml" or number == self.last:  # each step writes it when it begins
                 self.compare(path, noted, number, prefix=path.endswith(".jsonl"))
-        if record["finished"]:
-            with contextlib.suppress(BadInput):
-                self.notebook(number)
         changed = differences(self.settings, number, record)
         if changed:
             self.add(name, "stale", f"{STEPS[number].stem} was made with other settings: {changed}", self.redo(number))
