@@ -231,7 +231,7 @@ class Verification:
                     name,
                     state,
                     "its set's shards cannot be told without it",
-                    f"sdlab repair {self.settings.experiment} {relative}",
+                    f"move {relative}/ away; its step makes it anew (`sdlab run {self.settings.experiment} --redo NN`)",
                 )
                 for path in made.iterdir():
                     self.seen.setdefault(path.relative_to(self.folder).as_posix(), False)

@@ -1,6 +1,7 @@
 """An experiment's folder: upstream, staleness, damage, locks; and that a refusal writes nothing."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -213,6 +214,20 @@ def test_a_half_file_is_never_read(tmp_path):
         beside.write_text("{half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_refuses_is_one_sentence_and_leaves_what_was(tmp_path, monkeypatch, number):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+
+    def refuses(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("sdlab.run.flush", refuses)
+    with pytest.raises(BadInput, match=rf"x.json cannot be written .*{os.strerror(number)}.*is intact"):
+        write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_damaged_record_is_refused(settings):
