@@ -27,9 +27,9 @@ from tqdm import tqdm
 from sdlab.base_models import load_base_model
 from sdlab.datasets import load_dataset
 from sdlab.evaluation import OperatingPoint, judge, load_pipeline
+from sdlab.files import read_json, write_json
 from sdlab.generation import GenerationPlan, generate_images, uniform_labels
 from sdlab.images import Split
-from sdlab.run import read_json, write_json
 from sdlab.search import new_pruner, new_sampler
 from sdlab.settings import Settings
 from sdlab.training import derive_seed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from sdlab.run import sha256_of_file, sha256_of_json
+from sdlab.files import sha256_of_file, sha256_of_json
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 if TYPE_CHECKING:  # diffusers is the slowest import of all: whoever only reads results does without

@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, choose_device, make_scheduler
 from sdlab.classifier import Recipe, Score, score, train_classifier
+from sdlab.files import checkpoint_sha, read_json, read_sealed, sha256_of_json, written_beside
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.images import ImageDataset, Split
-from sdlab.run import Run, read_json, read_sealed, sha256_of_json, written_beside
+from sdlab.run import Run
 from sdlab.settings import BadInput, Settings
 from sdlab.threads import in_threads
-from sdlab.training import checkpoint_sha, derive_seed, load_checkpoint
+from sdlab.training import derive_seed, load_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sdlab.run import STEPS, read_json, step_state, write_json, written_beside
+from sdlab.files import read_json, write_json, written_beside
+from sdlab.run import STEPS, step_state
 from sdlab.settings import BadInput, Settings
 from sdlab.shards import stored_shards
 

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from sdlab.base_models import out_of_memory
+from sdlab.files import check_room, read_sealed, sha256_of_file, sha256_of_json, write_sealed, written_beside
 from sdlab.images import Split
 from sdlab.pixels import to_uint8
-from sdlab.run import check_room, read_sealed, sha256_of_file, sha256_of_json, write_sealed, written_beside
 from sdlab.settings import BadInput
 from sdlab.shards import shard_path, stored_shards
 from sdlab.threads import in_threads

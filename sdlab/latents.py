@@ -9,8 +9,8 @@ import torch
 from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel
+from sdlab.files import sha256_of_json, written_beside
 from sdlab.pixels import to_model
-from sdlab.run import sha256_of_json, written_beside
 from sdlab.settings import BadInput
 
 ENCODE_BATCH = 64

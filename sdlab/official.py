@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from sdlab.files import written_beside
 from sdlab.images import Facts, ImageDataset, Split
-from sdlab.run import Progress, written_beside
+from sdlab.run import Progress
 from sdlab.settings import BadInput
 
 TIMEOUT = 30  # seconds without a byte until a download is given up

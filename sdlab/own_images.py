@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from sdlab.files import sha256_of_json, written_beside
 from sdlab.images import ImageDataset, Split
 from sdlab.official import read_npz
-from sdlab.run import Progress, sha256_of_json, written_beside
+from sdlab.run import Progress
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

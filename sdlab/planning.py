@@ -23,10 +23,11 @@ import torch
 from sdlab.base_models import BaseModel, is_here, load_base_model, unloaded
 from sdlab.classifier import Recipe, predict, train_classifier
 from sdlab.evaluation import OperatingPoint
+from sdlab.files import read_json
 from sdlab.generation import parts_at_a_time
 from sdlab.images import Facts, Split
 from sdlab.results import planned_settings
-from sdlab.run import STEPS, read_json, read_record
+from sdlab.run import STEPS, read_record
 from sdlab.search import first_ranges, new_pruner, study_name
 from sdlab.settings import BadInput, Settings
 from sdlab.threads import in_threads

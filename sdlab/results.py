@@ -14,8 +14,9 @@ import pandas as pd
 import yaml
 
 from sdlab import paper
+from sdlab.files import read_json, written_beside
 from sdlab.importance import LABELS, PARAMETERS
-from sdlab.run import STEPS, differences, digest, read_json, read_record, step_state, written_beside
+from sdlab.run import STEPS, differences, digest, read_record, step_state
 from sdlab.settings import BadInput, Settings
 
 FORMATS = ("csv", "md", "tex", "png")

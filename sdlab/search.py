@@ -24,8 +24,9 @@ from optuna.trial import Trial, TrialState
 
 from sdlab.base_models import BaseModel
 from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet, summary
+from sdlab.files import cannot_write, read_json, refusal, sha256_of_json
 from sdlab.images import ImageDataset
-from sdlab.run import Run, cannot_write, check_storage, read_json, refusal, sha256_of_json
+from sdlab.run import Run, check_storage
 from sdlab.settings import BadInput, Settings
 from sdlab.training import derive_seed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.run import read_sealed, sha256_of_file
+from sdlab.files import read_sealed, sha256_of_file
 from sdlab.settings import BadInput
 
 

@@ -25,9 +25,18 @@ from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, first_line, make_scheduler, out_of_memory
+from sdlab.files import (
+    check_room,
+    checkpoint_sha,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+    written_beside,
+)
 from sdlab.images import ImageDataset
 from sdlab.latents import Moments, encode_images
-from sdlab.run import Run, check_room, read_json, sha256_of_file, sha256_of_json, write_json, written_beside
+from sdlab.run import Run
 from sdlab.settings import BadInput
 
 if TYPE_CHECKING:  # diffusers is slow to import
@@ -328,11 +337,6 @@ def load_checkpoint(
     except Exception as error:
         raise BadInput(f"The checkpoint {path} cannot be loaded: {first_line(error)}") from None
     return model.to(device).requires_grad_(False).eval()
-
-
-def checkpoint_sha(folder: Path, epoch: int) -> str:
-    """One hash for a checkpoint's weights and config: what a generated set is made from."""
-    return sha256_of_json(read_json(epoch_folder(folder, epoch) / "manifest.json", "train it first."))
 
 
 def kept_history(folder: Path, lineage: str) -> list[dict]:

@@ -17,17 +17,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sdlab.run import (
-    STEPS,
-    WRITES,
-    differences,
-    digest,
-    read_json,
-    read_record,
-    read_sealed,
-    sha256_of_file,
-    sha256_of_json,
-)
+from sdlab.files import checkpoint_sha, inside, read_json, read_sealed, sha256_of_file
+from sdlab.run import STEPS, WRITES, differences, digest, read_record
 from sdlab.settings import BadInput, Settings
 from sdlab.shards import shard_path
 
@@ -302,12 +293,6 @@ class Verification:
             self.add(name, "foreign", "no step wrote it", "move it away")
 
 
-def inside(name: str) -> bool:
-    """Whether a name that a file gives stays inside the folder it speaks of."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
-
-
 def sha256_of_prefix(path: Path, count: int) -> str:
     found = hashlib.sha256()
     with path.open("rb") as file:
@@ -315,11 +300,6 @@ def sha256_of_prefix(path: Path, count: int) -> str:
             found.update(chunk)
             count -= len(chunk)
     return found.hexdigest()
-
-
-def checkpoint_sha(folder: Path, epoch: int) -> str:
-    """As `training.checkpoint_sha`, which needs torch."""
-    return sha256_of_json(read_json(folder / f"epoch_{epoch:02d}" / "manifest.json"))
 
 
 def whole_resume_state(path: Path) -> bool:

@@ -19,22 +19,20 @@ from tqdm import tqdm
 
 from sdlab.datasets import dataset_facts, fetch_dataset
 from sdlab.export import export
+from sdlab.files import cannot_write, inside, refusal, written_beside
 from sdlab.run import (
     BENCHMARKS,
     STEPS,
     WRITES,
     Lock,
     Step,
-    cannot_write,
     check_step,
     move_aside,
     note_notebook,
     read_record,
     readers,
     record_path,
-    refusal,
     step_state,
-    written_beside,
 )
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file, read_parameters
 
@@ -381,7 +379,7 @@ def repair(settings: Settings, path: str) -> None:
 
     What is there is moved to aside/ first, never deleted.
     """
-    from sdlab.verify import inside, verify
+    from sdlab.verify import verify
 
     folder, found = settings.run_folder, verify(settings)[0]
     meant = [finding for finding in found if finding.path == path or finding.path.startswith(f"{path}/")]

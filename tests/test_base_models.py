@@ -24,7 +24,7 @@ from sdlab.base_models import (
     load_base_model,
     make_scheduler,
 )
-from sdlab.run import sha256_of_file
+from sdlab.files import sha256_of_file
 from sdlab.settings import BadInput
 from sdlab.training import train_class_encoder
 

@@ -15,9 +15,10 @@ from test_base_models import saved_as
 
 from sdlab import datasets
 from sdlab.datasets import dataset_facts
+from sdlab.files import read_json
 from sdlab.paper import DATASETS
 from sdlab.planning import workload
-from sdlab.run import STEPS, read_json, step_state
+from sdlab.run import STEPS, step_state
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from sdlab.export import export
-from sdlab.run import StepState, sha256_of_file, write_json, write_sealed
+from sdlab.files import sha256_of_file, write_json, write_sealed
+from sdlab.run import StepState
 from sdlab.settings import BadInput
 from sdlab.shards import shard_path
 

@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from sdlab import base_models, planning
 from sdlab.base_models import load_base_model, unloaded
 from sdlab.datasets import dataset_facts
+from sdlab.files import write_json, write_sealed
 from sdlab.images import Facts
 from sdlab.paper import DATASETS
 from sdlab.planning import Work, make_plan, measure, simulated, warnings, workload
 from sdlab.results import actual, duration, plan_sentences, plan_table
-from sdlab.run import write_json, write_sealed
 from sdlab.settings import PARAMS, BadInput, Settings
 
 FACTS = Facts(train=48, val=24, test=30, num_classes=3, image_size=8)

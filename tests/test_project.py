@@ -17,7 +17,7 @@ from sdlab.settings import PROJECT_ROOT
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
-ORDER = ("paper", "settings", "run", "shards", "verify", "export", "images", "official", "own_images", "datasets", "pixels", "importance", "figures", "results", "base_models", "threads", "class_encoder",
+ORDER = ("paper", "settings", "files", "run", "shards", "verify", "export", "images", "official", "own_images", "datasets", "pixels", "importance", "figures", "results", "base_models", "threads", "class_encoder",
          "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "planning", "benchmarks", "workflow")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sdlab import paper, results
+from sdlab.files import write_json, write_sealed
 from sdlab.results import (
     LATEX,
     MARKDOWN,
@@ -23,7 +24,7 @@ from sdlab.results import (
     to_latex,
     to_markdown,
 )
-from sdlab.run import StepState, write_json, write_sealed
+from sdlab.run import StepState
 
 
 def scored(accuracies, n=500):

@@ -10,17 +10,8 @@ import threading
 
 import pytest
 
-from sdlab.run import (
-    STEPS,
-    Lock,
-    Run,
-    read_record,
-    sha256_of_file,
-    step_state,
-    write_json,
-    write_sealed,
-    written_beside,
-)
+from sdlab.files import sha256_of_file, write_json, write_sealed, written_beside
+from sdlab.run import STEPS, Lock, Run, read_record, step_state
 from sdlab.settings import BadInput
 
 
@@ -224,7 +215,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_leaves_what_was(tmp_path, monke
     def refuses(_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("sdlab.run.flush", refuses)
+    monkeypatch.setattr("sdlab.files.flush", refuses)
     with pytest.raises(BadInput, match=rf"x.json cannot be written .*{os.strerror(number)}.*is intact"):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from conftest import SMOKE
 
 from sdlab.datasets import load_dataset
+from sdlab.files import write_json
 from sdlab.planning import make_plan
-from sdlab.run import Run, write_json
+from sdlab.run import Run
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
 from sdlab.workflow import Watcher, cli, plain_table
 

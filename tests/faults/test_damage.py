@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import BIN, SMOKE, command
 
-from sdlab.run import sha256_of_file, write_sealed
+from sdlab.files import inside, sha256_of_file, write_sealed
 from sdlab.settings import Settings
-from sdlab.verify import inside, verify
+from sdlab.verify import verify
 
 FILES = int(os.environ.get("SDLAB_DAMAGED_FILES", 60))  # `make faults` damages more
 UNCHECKED = {".lock"}  # holds nothing once a run has ended
