@@ -1,12 +1,13 @@
 """`tiny`, a diffusers folder or a hub id -> VAE, UNet, scheduler: what Stable Diffusion brings, without its text encoder."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from sdlab.files import sha256_of_file, sha256_of_json
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings
+from sdlab.settings import PROJECT_ROOT, BadInput, Settings, brief
 
 if TYPE_CHECKING:  # diffusers is the slowest import of all: whoever only reads results does without
     from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
@@ -39,6 +40,9 @@ EXTRA_INPUTS = (
     "num_class_embeds",
     "time_cond_proj_dim",
 )
+# What a config may ask for: more than any Stable Diffusion does, and nothing that fills the memory.
+MOST_CHANNELS, MOST_WIDTH, MOST_BLOCKS, MOST_LAYERS, MOST_TOKENS, MOST_TIMESTEPS = 64, 2**14, 16, 64, 4096, 100_000
+LARGEST_CONFIG = 2**24  # bytes; an index of shards has some hundred thousand
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class BaseModel:
         dtype = self.unet_dtype or self.dtype
         unet = load_part(self.folder, "unet", self.variants["unet"], dtype, self.source)
         return unet.to(self.device).requires_grad_(False).eval()
+
+    def loaded(self) -> "BaseModel":
+        """With VAE and UNet loaded now: what cannot be loaded is refused before a step is opened. Raises `BadInput`."""
+        _ = self.vae, self.unet
+        return self
 
     def to_train(self) -> "BaseModel":
         """The same base model with a UNet of its own, whose weights are float32, loaded when it is asked for."""
@@ -260,10 +269,12 @@ def complete(folder: Path, part: str) -> list[Path]:
     """The weight files of a part. Raises `BadInput` if one is missing that the index names."""
     _, index, weights = weight_files(files_of(folder), part)
     if index:
-        shards = set(config_file(folder, index).get("weight_map", {}).values())
-        if odd := [file for file in shards if Path(str(file)).name != file]:
-            raise BadInput(f"{index} names {odd[0]!r}: shards lie beside it.")
-        named = sorted(f"{part}/{file}" for file in shards)
+        named = config_file(folder, index).get("weight_map")
+        if not isinstance(named, dict):
+            raise BadInput(f"{index} has no weight_map: take a whole copy of that model.")
+        if odd := [file for file in named.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(file))]:
+            raise BadInput(f"{index} names {brief(odd[0])}: shards lie beside it.")
+        named = sorted({f"{part}/{file}" for file in named.values()})
         if absent := [file for file in named if not (folder / file).is_file()] or (not named and [index]):
             raise BadInput(f"{absent[0]} is missing, which {index} names.")
         weights = named
@@ -288,6 +299,7 @@ def load_base_model(settings: Settings) -> BaseModel:
     except BadInput as error:
         raise BadInput(f"The base model {source} in {folder} cannot be used: {error}") from None
     hashes = {path.relative_to(folder).as_posix(): checked_sha256(path, source) for path in weights}
+    check_shapes(unet, vae, weights, source)
     scale = 2 ** (len(vae["block_out_channels"]) + len(unet["block_out_channels"]) - 2)
     if settings.base_image_size % scale:
         raise BadInput(
@@ -340,7 +352,41 @@ def checked_sha256(path: Path, source: str) -> str:
         with safe_open(path, "pt"):
             return sha256_of_file(path)
     except Exception as error:
-        raise BadInput(f"The base model {source} cannot be loaded from {path}: {first_line(error)}") from None
+        raise BadInput(
+            f"The base model {source} cannot be loaded from {path} ({first_line(error)}): take a whole copy of that file."
+        ) from None
+
+
+def check_shapes(unet: dict, vae: dict, weights: list[Path], source: str) -> None:
+    """Raises `BadInput` where the weight files' own headers belong to another model than the configs do.
+
+    What it takes no building of a model to see: it comes before anything is written. The rest `load_part` sees.
+    """
+    shapes = {"unet": {}, "vae": {}}
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            shapes[path.parent.name] |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for part, config, name, channels in (
+        ("unet", unet, "conv_in.weight", 4),
+        ("vae", vae, "encoder.conv_in.weight", 3),
+    ):
+        blocks, layers = config["block_out_channels"], numbers(config.get("layers_per_block", 1))
+        least = sum(layers) * (len(blocks) if len(layers) == 1 else 1)
+        asked = (blocks[0], config.get("in_channels", channels))
+        why = ""
+        if (found := shapes[part].get(name, asked)[:2]) != asked:
+            why = f"its {part}/config.json asks for {name} of {asked}, and the weights have {found}"
+        elif least > len(shapes[part]):
+            why = f"its {part}/config.json asks for {least} layers, and the weights have {len(shapes[part])} tensors"
+        if why:
+            raise BadInput(f"The base model {source} cannot be used: {why}; take both from one copy of that model.")
+    width = unet["cross_attention_dim"]
+    for name, shape in shapes["unet"].items():
+        if name.endswith("attn2.to_k.weight") and shape[1:] != (width,):
+            raise BadInput(
+                f"The base model {source} cannot be used: its unet/config.json has cross_attention_dim {width}, and {name} is of "
+                f"{shape}; take both from one copy of that model."
+            )
 
 
 def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source: str) -> torch.nn.Module:
@@ -354,13 +400,21 @@ def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source:
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:
-        raise BadInput(f"The base model {source} cannot be loaded from {folder / part}: {first_line(error)}") from None
+        raise BadInput(
+            f"The base model {source} cannot be loaded from {folder / part} ({first_line(error)}): take a whole copy of it."
+        ) from None
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if loading[what]:
             raise BadInput(
                 f"The base model {source} cannot be loaded from {folder / part}: {len(loading[what])} {what.replace('_', ' ')}, "
                 f"as {next(iter(loading[what]))}: config and weights belong to different models."
             )
+    odd = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if odd:
+        raise BadInput(
+            f"The base model {source} cannot be used: {len(odd)} tensors of its {part} hold numbers that are not finite, as "
+            f"{odd[0]}; take a whole copy of it, or a `precision` of a wider range."
+        )
     return model
 
 
@@ -368,11 +422,18 @@ def check_configs(unet: dict, vae: dict, scheduler: dict, text_encoder: dict) ->
     """Raises `BadInput` for a model that the method cannot condition, train or sample from."""
     for config, kind in ((unet, PARTS["unet"]), (vae, PARTS["vae"])):
         if config.get("_class_name", kind) != kind:
-            raise BadInput(f"it has a {config['_class_name']} where a {kind} is needed.")
+            raise BadInput(f"it has a {str(config['_class_name'])[:80]} where a {kind} is needed.")
         if not isinstance(config.get("block_out_channels"), list):
-            raise BadInput(f"the config of its {kind} names no block_out_channels.")
+            raise BadInput(f"the config of its {kind} names no block_out_channels: take a whole copy of that model.")
+        check_numbers(kind, config, "block_out_channels", MOST_WIDTH, MOST_BLOCKS)
+        check_numbers(kind, config, "layers_per_block", MOST_LAYERS, MOST_BLOCKS)
+        check_numbers(kind, config, "transformer_layers_per_block", MOST_LAYERS, MOST_BLOCKS)
+        for name in ("in_channels", "out_channels", "latent_channels"):
+            check_numbers(kind, config, name, MOST_CHANNELS, 1)
     if extra := [name for name in EXTRA_INPUTS if unet.get(name)]:
-        raise BadInput(f"its UNet has {extra[0]} = {unet[extra[0]]}: it needs more than a class (SDXL and its kin do).")
+        raise BadInput(
+            f"its UNet has {extra[0]} = {brief(unet[extra[0]])}: it needs more than a class (SDXL and its kin do)."
+        )
     channels = {unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)}
     if len(channels) > 1:
         raise BadInput(
@@ -383,12 +444,45 @@ def check_configs(unet: dict, vae: dict, scheduler: dict, text_encoder: dict) ->
         raise BadInput("its VAE shifts latents (shift_factor), which Stable Diffusion 1 and 2 do not.")
     if not isinstance(unet.get("cross_attention_dim"), int):
         raise BadInput(
-            f"its UNet's cross_attention_dim is {unet.get('cross_attention_dim')!r}: one whole number is needed."
+            f"its UNet's cross_attention_dim is {brief(unet.get('cross_attention_dim'))}: one whole number is needed."
         )
     if not isinstance(text_encoder.get("max_position_embeddings"), int):
-        raise BadInput("its text_encoder/config.json has no max_position_embeddings, the number of tokens.")
+        raise BadInput(
+            "its text_encoder/config.json has no max_position_embeddings, the number of tokens: take a whole copy of that model."
+        )
+    check_numbers("UNet", unet, "cross_attention_dim", MOST_WIDTH, 1)
+    check_numbers("text encoder", text_encoder, "max_position_embeddings", MOST_TOKENS, 1)
+    check_numbers("scheduler", scheduler, "num_train_timesteps", MOST_TIMESTEPS, 1)
+    for what, config, name in (
+        ("VAE", vae, "scaling_factor"),
+        ("scheduler", scheduler, "beta_start"),
+        ("scheduler", scheduler, "beta_end"),
+    ):
+        value = config.get(name, 0.1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise BadInput(f"the {name} of its {what} is {brief(value)}: a positive number is needed.")
     if scheduler["prediction_type"] not in ("epsilon", "v_prediction"):
-        raise BadInput(f"it predicts {scheduler['prediction_type']}: epsilon and v_prediction are known.")
+        raise BadInput(f"it predicts {str(scheduler['prediction_type'])[:80]}: epsilon and v_prediction are known.")
+
+
+def check_numbers(what: str, config: dict, name: str, most: int, longest: int) -> None:
+    """Raises `BadInput` where a config names something else than a whole number up to `most`, or a list of `longest` of them."""
+    found = numbers(config.get(name, 1))
+    right = all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n in found)
+    if not right or not 1 <= len(found) <= longest**2:
+        several = f", or a list of {longest} at most" if longest > 1 else ""
+        raise BadInput(
+            f"the {name} of its {what} is {brief(config[name])}: allowed is a whole number from 1 to {most}{several}."
+        )
+
+
+def numbers(value: object) -> list:
+    """A number, or a list of numbers or of such lists, as one list."""
+    return (
+        [n for inner in value for n in (inner if isinstance(inner, list) else [inner])]
+        if isinstance(value, list)
+        else [value]
+    )
 
 
 def check_scheduler_name(name: str) -> None:
@@ -437,18 +531,37 @@ def rehearse(scheduler: "SchedulerMixin", num_inference_steps: int = 5) -> None:
 def config_file(folder: Path, name: str) -> dict:
     """Raises `BadInput` if the base model's folder lacks a config, or it is not JSON."""
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not (folder / name).is_file() or (folder / name).stat().st_size > LARGEST_CONFIG:
+            raise ValueError("a pipe, or larger than any config")
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no names and values")
+    except (OSError, ValueError, RecursionError):
         raise BadInput(
             f"The base model folder {folder} has no readable {name}: it needs unet/, vae/, scheduler/ in diffusers' "
             "format, and text_encoder/config.json for the number of tokens."
         ) from None
+    return config
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python says that no memory is left, of a GPU or of the computer."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def fitting(what: str, way_out: str) -> Iterator[None]:
+    """Raises `BadInput` where the block needs more memory than there is. Smaller batches would give other bytes: none are made."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(
+            f"The memory does not hold {what}: {way_out}, or free memory that other programs hold and give the same command; "
+            "what was finished before is intact."
+        ) from None

@@ -75,6 +75,11 @@ class Score:
     recall: tuple[float, ...]  # of each class; nan for a class the split lacks
     n: int
 
+    @classmethod
+    def of(cls, kept: dict) -> "Score":
+        """From `dataclasses.asdict`, as JSON gives it back."""
+        return cls(**(kept | dict(recall=tuple(kept["recall"]))))
+
     @property
     def standard_error(self) -> float:
         """Binomial, of the accuracy on n images."""

@@ -84,7 +84,7 @@ def check_name(settings: Settings) -> None:
     if not settings.dataset.strip():
         raise BadInput(f"`dataset` is empty: name a folder, an npz, or one of {', '.join(names)}.")
     path = own_path(settings)
-    if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".npz"):
         return
     near = difflib.get_close_matches(settings.dataset, names, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""

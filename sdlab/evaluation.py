@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel, choose_device, make_scheduler
+from sdlab.base_models import BaseModel, choose_device, fitting, make_scheduler
 from sdlab.classifier import Recipe, Score, score, train_classifier
-from sdlab.files import checkpoint_sha, read_json, read_sealed, sha256_of_json, written_beside
+from sdlab.files import checkpoint_sha, read_json, read_sealed, sha256_of_json, write_sealed, written_beside
 from sdlab.generation import GenerationPlan, SyntheticSet, generate, real_labels, uniform_labels
 from sdlab.images import ImageDataset, Split
 from sdlab.run import Run
 from sdlab.settings import BadInput, Settings
+from sdlab.shards import read_manifest
 from sdlab.threads import in_threads
 from sdlab.training import derive_seed, load_checkpoint
 
@@ -140,7 +141,7 @@ def remake(settings: Settings, key: str) -> None:
     from sdlab.datasets import load_dataset
 
     folder = settings.run_folder / "synthetic" / key
-    manifest = read_sealed(folder / "manifest.json")
+    manifest = read_manifest(folder)
     data, base = load_dataset(settings), load_base_model(settings)
     run = SimpleNamespace(settings=settings, folder=settings.run_folder, progress=tqdm)
     point = OperatingPoint(**manifest["made_from"]["point"])
@@ -167,29 +168,41 @@ def judge(
     progress: Callable = tqdm,
     desc: str = "classifier",
     searching: bool = False,
+    kept: Path | None = None,
 ) -> dict[str, list[Score]]:
     """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed.
 
-    On a CPU as many at a time as torch has threads, which they share.
+    On a CPU as many at a time as torch has threads, which they share. Each one's scores are kept in the folder `kept` as
+    soon as it is trained, under a hash of all that they depend on, and are read there by a run that was cut.
+    Raises `BadInput` if the memory does not hold a classifier's training.
     """
     recipe = Recipe.of(settings, searching)
     device = choose_device(settings.device)
     workers = min(len(seeds), torch.get_num_threads()) if device.type == "cpu" else 1
     counting = threading.Lock()
+    made_from = [train.fingerprint(), data.fingerprint(), asdict(recipe), list(splits)] if kept else []
+    files = [kept / f"{sha256_of_json([*made_from, seed])[:16]}.json" if kept else None for seed in seeds]
+    found = [[Score.of(s) for s in read_sealed(f)["scores"]] if f and f.exists() else None for f in files]
+    missing = [i for i, scores in enumerate(found) if scores is None]
 
-    def train_one(seed: int, go_on: Callable[[], None]) -> list[Score]:
+    def train_one(i: int, go_on: Callable[[], None]) -> None:
         def after_epoch() -> None:
             go_on()
             with counting:
                 bar.update()
 
-        trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, after_epoch)
-        return [score(trained.model, data.splits[name]) for name in splits]
+        with fitting(f"a classifier's step of {recipe.batch_size} images", smaller):
+            trained = train_classifier(train, data.val, data.num_classes, recipe, seeds[i], device, after_epoch)
+            found[i] = [score(trained.model, data.splits[name]) for name in splits]
+        if kept:
+            write_sealed(files[i], dict(seed=seeds[i], scores=[asdict(s) for s in found[i]]))
 
+    smaller = "take a smaller `classifier_batch_size` in an experiment of its own"
     desc = f"{desc}: {len(seeds)} classifier{'s' if len(seeds) > 1 else ''}"
-    with progress(total=len(seeds) * recipe.epochs, desc=desc, unit="epoch") as bar:
-        scores = in_threads(train_one, seeds, workers)
-    return dict(zip(splits, map(list, zip(*scores, strict=True)), strict=True))
+    done = (len(seeds) - len(missing)) * recipe.epochs
+    with progress(total=len(seeds) * recipe.epochs, initial=done, desc=desc, unit="epoch") as bar:
+        in_threads(train_one, missing, workers)  # as many at a time as without those that were found: the same bytes
+    return dict(zip(splits, map(list, zip(*found, strict=True)), strict=True))
 
 
 def summary(scores: Sequence[Score]) -> dict:
@@ -213,7 +226,7 @@ def score_cell(run: Run, train: Split, data: ImageDataset, name: str, title: str
     settings = run.settings
     seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
     run.note_test_reading(f"{title}: {len(seeds)} classifiers")
-    scores = judge(train, data, settings, seeds, ("val", "test"), run.progress, title)
+    scores = judge(train, data, settings, seeds, ("val", "test"), run.progress, title, kept=run.begun / "classifiers")
     cell = dict(title=title, images=len(train), **more, val=summary(scores["val"]), test=summary(scores["test"]))
     return run.keep(name, cell)
 

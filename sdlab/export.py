@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from sdlab.files import read_json, write_json, written_beside
 from sdlab.run import STEPS, step_state
-from sdlab.settings import BadInput, Settings
+from sdlab.settings import BadInput, Settings, brief
 from sdlab.shards import stored_shards
 
 
@@ -39,7 +39,11 @@ def export(settings: Settings, target: Path, images: int | None = None, progress
         raise BadInput(
             f"{target.name} ends in {target.suffix}: give a name ending in .npz, or one without a dot for a folder."
         )
-    if target.exists() or target.is_symlink():
+    try:
+        there = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise BadInput(f"{brief(str(target))} can be no file here ({error.strerror}): give another name.") from None
+    if there:
         raise BadInput(f"{target} exists: nothing is written over; give another name.")
     if not target.absolute().parent.is_dir():
         raise BadInput(f"There is no folder {target.absolute().parent}: make it first.")

@@ -5,12 +5,16 @@ Everything is written beside its name, flushed and renamed into place, so a half
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -83,13 +87,14 @@ def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
     """A name beside `path` to write a file or folder under; renamed into place when the block ends well, else removed.
 
     `lasting`: its bytes are on the disk before it has its name, so that not even a power cut leaves a half file.
-    Raises `BadInput` for a disk that is full, read-only or broken.
+    Its name says whose it is, so that two processes may write the same at once. Raises `BadInput` for a disk that is full,
+    read-only or broken.
     """
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name[:100]}.{os.getpid()}@{socket.gethostname()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if beside.is_dir():  # left by a process that was killed: never read, only ours
-            shutil.rmtree(beside)
+        remove_left_over(path.parent.glob(f".{glob.escape(path.name[:100])}.*.part"))
+        WRITTEN.add(beside)
         try:
             yield beside
             if lasting:
@@ -103,6 +108,55 @@ def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
             raise
+        finally:
+            WRITTEN.discard(beside)
+
+
+PART = re.compile(r"\..*\.(\d+)@(.+)\.part")
+LEFT_FOR = 86400  # seconds without a write until another machine's is taken for left over
+WRITTEN: set[Path] = set()  # by this process, now
+
+
+def remove_left_over(parts: Iterable[Path]) -> None:
+    """Remove what processes that were killed left of their writes: half files, which nothing reads."""
+    for part in parts:
+        if (named := PART.fullmatch(part.name)) and not at_work(part, int(named[1]), named[2]):
+            shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def at_work(part: Path, process: int, host: str) -> bool:
+    """Whether the process that writes `part` may still be there."""
+    if host != socket.gethostname():
+        with contextlib.suppress(OSError):
+            return time.time() - part.stat().st_mtime < LEFT_FOR
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return process != os.getpid() or part in WRITTEN
+
+
+@contextlib.contextmanager
+def alone(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path` for the block: whether it was to be had (without `wait`: another may hold it).
+
+    The system frees it when its process ends, however it ends. Threads of one process exclude each other too.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def flush(path: Path) -> None:
@@ -125,7 +179,9 @@ def read_json(path: Path, how_to_make: str = "") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} is missing{': ' + how_to_make if how_to_make else '.'}") from None
-    except (ValueError, UnicodeDecodeError):
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): mend that, and give the same command.") from None
+    except (ValueError, RecursionError):
         raise BadInput(f"{path} is damaged (it is not JSON): move it away and run its step again.") from None
 
 
@@ -144,12 +200,34 @@ def read_sealed(path: Path, how_to_make: str = "") -> dict:
     return value
 
 
+def checked_form(value: Any, form: dict[str, Any], path: Path) -> dict:
+    """`value`, if it is a dict with the keys of `form`, each of its kind. Raises `BadInput` that names `path`."""
+    wrong = ["its braces"] if not isinstance(value, dict) else []
+    wrong += [name for name, kind in form.items() if not wrong and not isinstance(value.get(name), kind)]
+    if wrong:
+        raise BadInput(f"{path} is damaged ({wrong[0]} is not what was written): move it away and run its step again.")
+    return value
+
+
 def inside(name: str) -> bool:
     """Whether a name that a file gives stays inside the folder it speaks of."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """The files of a checkpoint, name -> sha256, by its manifest. Raises `BadInput` if that is missing or names no files."""
+    hashes = read_json(folder / "manifest.json", "train it first.")
+    if not isinstance(hashes, dict) or not all(plain(name) and isinstance(sha, str) for name, sha in hashes.items()):
+        raise BadInput(f"{folder / 'manifest.json'} is damaged: it has to name the files beside it and their hashes.")
+    return hashes
+
+
+def plain(name: str) -> bool:
+    """Whether a name that a file gives is that of a file beside it."""
+    return inside(name) and PurePosixPath(name).name == name
+
+
 def checkpoint_sha(folder: Path, epoch: int) -> str:
     """One hash for the weights and config of `folder/epoch_NN`: what a generated set is made from."""
-    return sha256_of_json(read_json(folder / f"epoch_{epoch:02d}" / "manifest.json", "train it first."))
+    return sha256_of_json(checkpoint_hashes(folder / f"epoch_{epoch:02d}"))

@@ -20,12 +20,12 @@ import torch
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from sdlab.base_models import out_of_memory
-from sdlab.files import check_room, read_sealed, sha256_of_file, sha256_of_json, write_sealed, written_beside
+from sdlab.base_models import fitting
+from sdlab.files import alone, check_room, sha256_of_file, sha256_of_json, write_sealed, written_beside
 from sdlab.images import Split
 from sdlab.pixels import to_uint8
 from sdlab.settings import BadInput
-from sdlab.shards import shard_path, stored_shards
+from sdlab.shards import read_manifest, shard_path, stored_shards
 from sdlab.threads import in_threads
 from sdlab.training import derive_seed
 
@@ -83,13 +83,18 @@ class SyntheticSet:
         # The labels stand in the shards: a period may be as long as the real training set.
         plan = {name: value for name, value in self.plan.__dict__.items() if name != "labels"}
         begun = {"key": self.plan.key(), "plan": plan, "made_from": self.made_from, "shards": {}}
-        return read_sealed(path) if path.exists() else begun
+        return read_manifest(self.folder) if path.exists() else begun
 
     def shard(self, index: int) -> Path:
         return shard_path(self.folder, index)
 
     def shards_for(self, count: int) -> int:
         return -(-count // self.plan.shard_size)
+
+    def missing(self, count: int) -> list[int]:
+        """Which shards of the first `count` images are not there."""
+        shards = self.manifest["shards"]
+        return [i for i in range(self.shards_for(count)) if str(i) not in shards or not self.shard(i).is_file()]
 
     def seconds(self, count: int) -> float:
         """Clocked seconds of generating the first `count` images (denoising and decoding)."""
@@ -128,27 +133,27 @@ def generate(
     `made_from` is kept in the manifest. Raises `BadInput` if disk or memory are too small.
     """
     made = SyntheticSet(root / plan.key(), plan, made_from)
-    manifest, wanted = made.manifest, made.shards_for(count)
-    missing = [i for i in range(wanted) if str(i) not in manifest["shards"] or not made.shard(i).is_file()]
-    if not missing:
-        return made
+    if made.missing(count):
+        with alone(made.folder / ".lock"):  # two trials of one point may be at work at once, in two processes
+            make_missing(pipeline, made, count, progress, desc)
+    return made
+
+
+def make_missing(
+    pipeline: "ClassConditionalStableDiffusionPipeline", made: SyntheticSet, count: int, progress: Callable, desc: str
+) -> None:
+    """`generate`, once nobody else is at it."""
+    plan, manifest, wanted = made.plan, made.manifest, made.shards_for(count)
+    missing = made.missing(count)
+    smaller = "take a smaller `shard_size` in an experiment of its own (its images are others)"
     done = (wanted - len(missing)) * plan.shard_size
     check_room(made.folder, len(missing) * plan.shard_size * 3 * plan.image_size**2, f"A set of {count} images")
     with progress(total=wanted * plan.shard_size, initial=done, desc=desc, unit="img") as bar:
         for index in missing:
             first = index * plan.shard_size
             started = time.perf_counter()
-            try:
+            with fitting(f"a shard of {plan.shard_size} images of {plan.base_size} px at once", smaller):
                 images = generate_images(pipeline, plan, range(first, first + plan.shard_size), bar.update)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                # Smaller batches would give images whose last bits differ: not those that were promised.
-                raise BadInput(
-                    f"The memory does not hold a shard of {plan.shard_size} images of {plan.base_size} px at once: take a smaller "
-                    "`shard_size` in an experiment of its own, or free memory that other programs hold and give the same command; "
-                    "the shards that were finished are intact."
-                ) from None
             seconds = time.perf_counter() - started
             with written_beside(made.shard(index)) as beside:
                 save_file({"images": images, "labels": plan.labels_of(first, first + plan.shard_size)}, beside)
@@ -162,7 +167,6 @@ def generate(
                 )
             manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
             write_sealed(made.folder / "manifest.json", manifest)
-    return made
 
 
 def generate_images(

@@ -2,11 +2,20 @@
 
 import functools
 import hashlib
+import io
+import math
+import os
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from sdlab.settings import UNPRINTABLE, BadInput
+
+LONGEST_HEADER = 10_000  # bytes of an array's, as numpy has it
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """sha256 over pixels and labels."""
+        sha = hashlib.sha256()
+        for array in (self.images, self.labels):
+            sha.update(np.ascontiguousarray(array))
+        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -143,3 +159,79 @@ def at_size(dataset: ImageDataset, size: int) -> ImageDataset:
 
     splits = {name: Split(resize(split.images, size), split.labels) for name, split in dataset.splits.items()}
     return replace(dataset, **splits, source_images=lambda indices, _: dataset.train.images[indices])
+
+
+# --------------------------------------------------------------------------------------------------- an npz
+
+
+def read_arrays(path: Path, names: Sequence[str], way_out: str) -> dict[str, np.ndarray]:
+    """These arrays of an npz, whoever wrote it. Nothing is unpickled.
+
+    All their headers are read first, and held against the sizes that the archive declares and against the memory there
+    is: nothing is allocated for a file that promises what it has not. Raises `BadInput`, whose sentence ends in `way_out`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.NameToInfo.get(f"{name}.npy") for name in names}
+            if missing := [name for name, member in members.items() if member is None]:
+                raise BadInput(f"{path} has no {', '.join(missing)}: {way_out}.")
+            wanted, most = sum(checked_size(archive, member) for member in members.values()), memory() / 2
+            if wanted > most:
+                raise BadInput(
+                    f"{path} holds arrays of {wanted / 1e9:.3g} GB, more than half of this machine's memory ({most / 1e9:.3g} GB): "
+                    "take fewer or smaller images, or a machine with more memory."
+                )
+            return {name: read_array(archive, member) for name, member in members.items()}
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes zip, zlib, numpy or its header's parser raise
+        why = f"{type(error).__name__}: {first_words(error)}"
+        raise BadInput(f"{path} cannot be read as npz ({why}): {way_out}.") from None
+
+
+def checked_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Bytes of an array, of which no more than its header is read. Raises `ValueError` where that and the archive differ."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed in a way that numpy does not write")
+    with archive.open(member) as file:
+        start = io.BytesIO(file.read(LONGEST_HEADER))
+    version = np.lib.format.read_magic(start)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{member.filename} is of the version {version}")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(start)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds pickled objects, which can run code")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"{member.filename} has the shape {shape}")
+    size = dtype.itemsize * math.prod(shape)
+    if start.tell() + size != member.file_size:
+        raise ValueError(
+            f"{member.filename} has {member.file_size} bytes, and its header asks for {start.tell() + size}"
+        )
+    return size
+
+
+def read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Raises `ValueError`, or whatever zip raises at the member's last byte if its checksum is another."""
+    with archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError(f"{member.filename} is longer than its header says")
+    return array
+
+
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def first_words(said: object) -> str:
+    """Of an error's message, or of what else a foreign file says: a line's beginning, printable."""
+    lines = str(said).strip().splitlines() or [type(said).__name__]
+    return printable(lines[0])[:100]
+
+
+def printable(text: str) -> str:
+    """With what breaks a line, or cannot be written, as its code."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

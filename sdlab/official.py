@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sdlab.files import written_beside
-from sdlab.images import Facts, ImageDataset, Split
+from sdlab.images import Facts, ImageDataset, Split, first_words, read_arrays
 from sdlab.run import Progress
 from sdlab.settings import BadInput
 
@@ -138,9 +138,9 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def as_split(images: np.ndarray, labels) -> tuple[np.ndarray, np.ndarray]:
     """(n, h, w[, 3]) uint8 and labels (n,) or (n, 1) -> images (n, 3, h, w), labels int64 (n,)."""
-    if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=3)
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(labels).reshape(-1).astype(np.int64)
+    grey = images.ndim == 3
+    images = np.repeat(images[:, None], 3, axis=1) if grey else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return images, np.asarray(labels).reshape(-1).astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------------------- MedMNIST
@@ -193,31 +193,20 @@ def read_npz(path: Path) -> dict[str, Split]:
     layout = (
         "it needs train_images, train_labels, and the same of val and test: uint8 (n, h, w[, 3]) and labels (n[, 1])"
     )
+    kept = read_arrays(path, [f"{s}_{what}" for s in ("train", "val", "test") for what in ("images", "labels")], layout)
     splits = {}
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            if missing := [
-                k for s in ("train", "val", "test") for k in (f"{s}_images", f"{s}_labels") if k not in kept
-            ]:
-                raise BadInput(f"{path} has no {', '.join(missing)}: {layout}.")
-            for s in ("train", "val", "test"):
-                images, labels = kept[f"{s}_images"], kept[f"{s}_labels"]
-                if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-                    raise BadInput(f"{path} holds {s}_images of {images.dtype} {images.shape}: {layout}.")
-                if (
-                    labels.dtype.kind not in "iu"
-                    or labels.size != len(images)
-                    or len(labels) != len(images)
-                    or not len(labels)
-                ):
-                    raise BadInput(
-                        f"{path} holds {s}_labels of {labels.dtype} {labels.shape} for {len(images)} images: one label an image is needed."
-                    )
-                splits[s] = Split(*as_split(images, labels))
-    except BadInput:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file makes zip, zlib, numpy or its header's parser raise
-        raise BadInput(f"{path} cannot be read as npz ({type(error).__name__}: {error}): {layout}.") from None
+    for s in ("train", "val", "test"):
+        images, labels = kept.pop(f"{s}_images"), kept.pop(f"{s}_labels")
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+            raise BadInput(f"{path} holds {s}_images of {first_words(images.dtype)} {images.shape}: {layout}.")
+        if labels.dtype.kind not in "iu" or not labels.ndim or labels.size != len(images) or len(labels) != len(images):
+            raise BadInput(
+                f"{path} holds {s}_labels of {first_words(labels.dtype)} {labels.shape} for {len(images)} images: one label an image "
+                "is needed, a whole number."
+            )
+        if not images.size:
+            raise BadInput(f"{path} holds {s}_images of {images.shape}, which are none: {layout}.")
+        splits[s] = Split(*as_split(images, labels))
     sizes = {split.images.shape[2:] for split in splits.values()}
     if len(sizes) > 1 or len(set(*sizes)) > 1:
         raise BadInput(f"{path} holds images of {sorted(sizes)} pixels: all have to be square and of one size.")

@@ -1,8 +1,11 @@
 """Your own images: a folder with one subfolder a class, or an npz in MedMNIST's layout -> `ImageDataset`."""
 
+import contextlib
 import csv
+import functools
 import hashlib
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +16,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sdlab.files import sha256_of_json, written_beside
-from sdlab.images import ImageDataset, Split
+from sdlab.images import ImageDataset, Split, first_words, printable, read_arrays
 from sdlab.official import read_npz
 from sdlab.run import Progress
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LAYOUT = "it needs one subfolder a class with its images, if you like below train/, val/ and test/"
+# What is opened: formats that Pillow decodes itself. Others call programs (EPS: Ghostscript), or are rarely met and tested.
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+LARGE = 2**24  # pixels from which on images are decoded one at a time: a folder of bombs must not fill the memory
+ALONE = threading.Lock()
 
 
 # --------------------------------------------------------------------------------------------------- one image
@@ -34,17 +41,33 @@ class Picture:
     traits: tuple[str, ...]
 
 
+@functools.cache
+def formats() -> tuple[tuple[str, ...], frozenset[str]]:
+    """Those of `FORMATS` that this Pillow has, and their files' suffixes."""
+    Image.init()
+    here = tuple(name for name in FORMATS if name in Image.OPEN)
+    suffixes = Image.registered_extensions().items()
+    return here, frozenset(suffix for suffix, name in suffixes if name in (*here, "MPO"))  # that is opened as JPEG
+
+
 def read_picture(path: Path, size: int) -> Picture:
-    """Any image that Pillow opens, upright, in RGB: its centre square, resized with antialiasing.
+    """An image of one of `FORMATS`, upright, in RGB: its centre square, resized with antialiasing.
 
     Transparent pixels become white, 16 bits are scaled to 8 over their whole range. Raises whatever Pillow raises.
     """
-    with Image.open(path) as opened:
-        if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself would only warn
+    with Image.open(path, formats=formats()[0]) as opened:
+        pixels = opened.width * opened.height
+        if pixels > Image.MAX_IMAGE_PIXELS:  # Pillow itself would only warn
             raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
-        traits = ["has several frames, of which the first is used"] if getattr(opened, "n_frames", 1) > 1 else []
-        image = ImageOps.exif_transpose(opened)
-        image.load()
+        with ALONE if pixels > LARGE else contextlib.nullcontext():
+            return as_picture(opened, size)
+
+
+def as_picture(opened: Image.Image, size: int) -> Picture:
+    # Not `n_frames`, which walks through all of them.
+    traits = ["has several frames, of which the first is used"] if getattr(opened, "is_animated", False) else []
+    image = ImageOps.exif_transpose(opened)
+    image.load()
     if image.mode.startswith("I"):
         traits.append("has 16-bit pixels, scaled from 0 ... 65535 to 0 ... 255")
     rgb = to_rgb(image)
@@ -60,9 +83,10 @@ def read_picture(path: Path, size: int) -> Picture:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Grey, palette, CMYK, 16-bit, transparent ... -> RGB. Raises `ValueError` for pixels without a known range."""
     if image.mode.startswith("I"):  # I;16 and its kin, or I: 32 bits that hold 16
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its pixels run from {values.min()} to {values.max()}, beyond 16 bits")
+        values = values.astype(np.float32)  # exact up to 2**24, and no multiple of 257 has a half
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
@@ -91,15 +115,25 @@ class Listing:
 
 def list_folder(folder: Path) -> Listing:
     """What stands in a folder. Raises `BadInput` where it is no set of labelled images."""
+    try:
+        return listed(folder)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be read ({error.strerror}): give a folder that can; {LAYOUT}.") from None
+
+
+def listed(folder: Path) -> Listing:
     below = subfolders(folder)
     splits = [path for path in below if path.name.lower() in SPLITS]
     if splits and len(splits) < len(below):
         odd = next(path.name for path in below if path not in splits)
         raise BadInput(f"{folder} has both {splits[0].name}/ and {odd}/: {LAYOUT}, but not both.")
     if len({SPLITS[path.name.lower()] for path in splits}) < len(splits):
-        raise BadInput(f"{folder} has {' and '.join(path.name for path in splits)}, two of which name the same split.")
+        raise BadInput(
+            f"{folder} has {' and '.join(path.name for path in splits)}, two of which name the same split: put "
+            "their images into one."
+        )
     images, others = [], []
-    suffixes = Image.registered_extensions()
+    suffixes = formats()[1]
     for above, split in [(path, SPLITS[path.name.lower()]) for path in splits] or [(folder, "")]:
         loose = sorted(path for path in {*folder.iterdir(), *above.iterdir()} if path.suffix.lower() in suffixes)
         others += [f"{path.relative_to(folder).as_posix()} (in no class)" for path in loose]
@@ -122,7 +156,14 @@ def list_folder(folder: Path) -> Listing:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    """Raises `BadInput` for one whose name no table can show, or that is a link back to what holds it."""
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    for path in found:
+        if printable(path.name) != path.name:
+            raise BadInput(f"{folder} has the subfolder {printable(path.name)!r}: rename it, in printable UTF-8.")
+        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+            raise BadInput(f"{path} is a link to a folder that holds it: remove it; {LAYOUT}.")
+    return found
 
 
 def read_folder(folder: Path, settings: Settings) -> ImageDataset:
@@ -158,7 +199,7 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
         try:
             return read_picture(listing.folder / entry[0], settings.image_size)
         except Exception as error:  # whatever a damaged or hostile file makes a decoder raise
-            return f"{entry[0]} ({first_words(error, listing.folder)})"
+            return f"{entry[0]} ({why_unreadable(error, listing.folder)})"
 
     with Progress(None, len(listing.files), "read images", "img") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for entry, read in zip(listing.files, pool.map(attempt, listing.files), strict=True):
@@ -171,7 +212,8 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
                 traits[trait].append(entry[0])
     if len(unreadable) > len(pictures):
         raise BadInput(
-            f"{len(unreadable)} of the {len(listing.files)} images in {listing.folder} cannot be read, as {unreadable[0]}: repair or remove them."
+            f"{len(unreadable)} of the {len(listing.files)} images in {listing.folder} cannot be read, as {printable(unreadable[0])[-300:]}: repair or "
+            "remove them."
         )
     check_classes(listing, pictures)
     files = assign_splits(pictures, settings)
@@ -198,7 +240,9 @@ def check_classes(listing: Listing, pictures: dict) -> None:
     for name in classes:
         splits = [s for _, c, s in entries if c == name]
         if given != {""} and "train" not in splits:
-            raise BadInput(f"The class `{name}` of {listing.folder} has images in {splits[0]}/, but none in train/.")
+            raise BadInput(
+                f"The class `{name}` of {listing.folder} has images in {splits[0]}/, but none in train/: add some, or remove it."
+            )
         wanted = 1 + ("val" not in given) + ("test" not in given)
         have = len({pictures[e].digest for e in entries if e[1] == name and e[2] in ("train", "")})
         if have < wanted:
@@ -233,13 +277,12 @@ def assign_splits(pictures: dict, settings: Settings) -> list[tuple[str, str, st
 
 def shortened(names: Sequence[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(map(printable, names[:count])) + more
 
 
-def first_words(error: Exception, folder: Path) -> str:
-    """Of an error's message, without the machine's path in it."""
-    text = str(error).replace(f"{folder}/", "").strip()
-    return (text.splitlines() or [type(error).__name__])[0][:100]
+def why_unreadable(error: Exception, folder: Path) -> str:
+    """An error's first words, without the machine's path in them."""
+    return first_words(str(error).replace(f"{folder}/", "") or type(error).__name__)
 
 
 # ------------------------------------------------------------------------------------- kept in the run's folder
@@ -273,12 +316,15 @@ def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[st
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["made_from"]) != key:
-                return None
-            files = [tuple(map(str, row)) for row in kept["files"]]
-            return kept["images"], files, list(map(str, kept["remarks"]))
-    except Exception:  # whatever a damaged file makes zip, zlib or numpy raise
+        if str(read_arrays(path, ["made_from"], "")["made_from"]) != key:
+            return None
+        kept = read_arrays(path, ["images", "files", "remarks"], "")
+        images, files = kept["images"], kept["files"]
+        shape = (len(files), 3, settings.image_size, settings.image_size)
+        if images.dtype != np.uint8 or images.shape != shape or files.shape[1:] != (3,):
+            raise BadInput("other arrays than were written")
+        return images, [tuple(map(str, row)) for row in files], list(map(str, kept["remarks"]))
+    except (BadInput, TypeError, ValueError):  # its arrays can be of any shape, and texts of any bytes
         raise BadInput(
             f"{path} is damaged: move it away, and the images are read from {own_path(settings)} again."
         ) from None
@@ -303,5 +349,7 @@ def own_images(settings: Settings) -> ImageDataset:
     if len(classes) < 2 or classes != list(range(len(classes))):
         raise BadInput(f"{path} has the labels {classes[:12]}: they have to be 0, 1, ... without a gap, two at least.")
     if absent := sorted(set(classes) - set(splits["train"].labels.tolist())):
-        raise BadInput(f"{path} has no training images of the classes {absent}.")
+        raise BadInput(
+            f"{path} has no training images of the classes {absent[:12]}: add some, or leave these classes out."
+        )
     return ImageDataset(path.stem, f"file {path.name}", tuple(map(str, classes)), **splits)

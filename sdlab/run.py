@@ -2,7 +2,8 @@
 
     runs/<experiment>/settings.yaml        what the last opened step was run with
                       records/01.json      a step: its settings, what it was made from, its files with their hashes
-                      progress.json        the step inside, for `sdlab run`
+                      begun/               what the step inside has so far, to go on from; removed at its end
+                      progress.json        how far it is, for `sdlab run`
                       test_readings.jsonl  each reading of the test set
 
 Nothing here imports torch.
@@ -30,7 +31,10 @@ import yaml
 from tqdm.auto import tqdm
 
 from sdlab.files import (
+    checked_form,
+    inside,
     read_sealed,
+    remove_left_over,
     sha256_of_file,
     sha256_of_json,
     write_json,
@@ -110,9 +114,30 @@ def record_path(settings: Settings, number: str) -> Path:
     return settings.run_folder / "records" / f"{number}.json"
 
 
+RECORD = dict(
+    step=str,
+    settings=dict,
+    upstream=dict,
+    inputs=dict,
+    outputs=dict,
+    begun=str,
+    finished=str | None,
+    seconds=float | int,
+    opened_at=float,
+)
+
+
 def read_record(settings: Settings, number: str) -> dict | None:
+    """A step's record; None if it never began. Raises `BadInput` if it is not what was written, or names foreign files."""
     path = record_path(settings, number)
-    return read_sealed(path) if path.exists() else None
+    if not path.exists():
+        return None
+    record = checked_form(read_sealed(path), RECORD, path)
+    for name, noted in [*record["outputs"].items(), *checked_form(record.get("beside", {}), {}, path).items()]:
+        if not inside(name):
+            raise BadInput(f"{path} names {name!r}, which is outside the folder: move it away and run its step again.")
+        checked_form(noted, dict(sha256=str, bytes=int), path)
+    return record
 
 
 def digest(record: dict) -> str:
@@ -378,9 +403,10 @@ class Run:
 
     Args:
         data, base: whatever has a `fingerprint()`; left out by steps that read neither.
+        helping: join a step that another process has opened, to work on beside it: no lock is taken, nothing recorded.
     """
 
-    def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None):
+    def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None, helping: bool = False):
         self.settings, self.step, self.folder = settings, STEPS[stem[:2]], settings.run_folder
         given = dict(data=data, base_model=base)
         self.inputs = {name: value.fingerprint() for name, value in given.items() if value is not None}
@@ -388,9 +414,14 @@ class Run:
         self.check_inputs()
         if settings.storage and state.state != "done" and self.step.number <= "04":  # long before the first search
             check_storage(settings)
-        self.started, self.lock = time.monotonic(), None
-        self.finished = state.state == "done" or not self.begin()
-        self.progress = functools.partial(Progress, None if self.finished else self.folder / "progress.json")
+        self.started, self.lock, self.helping = time.monotonic(), None, helping
+        if helping:
+            self.record = read_record(settings, self.step.number)
+            self.finished = self.record is None or state.state == "done"
+        else:
+            self.finished = state.state == "done" or not self.begin()
+        told = not (self.finished or helping)
+        self.progress = functools.partial(Progress, self.folder / "progress.json" if told else None)
 
     def check_inputs(self) -> None:
         """Raises `BadInput` if the data set or the base model changed under the experiment."""
@@ -407,8 +438,7 @@ class Run:
         self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
         if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # `sdlab run` says it itself
             print(self.lock.note)
-        for left in list(self.folder.rglob(".*.part")):  # of a process that was killed: never read
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        remove_left_over(list(self.folder.rglob(".*.part")))
         if check_step(self.settings, self.step.number).state == "done":
             self.lock.release()
             return False
@@ -465,6 +495,7 @@ class Run:
         self.record["seconds"] += round(time.monotonic() - self.started, 1)
         write_sealed(record_path(self.settings, self.step.number), self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
+        shutil.rmtree(self.begun, ignore_errors=True)
         self.finished = True
         self.lock.release()
 
@@ -489,6 +520,11 @@ class Run:
         if not self.finished:
             write_json(self.metrics(name), result)
         return json.loads(json.dumps(result))
+
+    @property
+    def begun(self) -> Path:
+        """Where an unfinished step keeps what it has so far, to go on from; removed when it is finished."""
+        return self.folder / "begun"
 
     def metrics(self, name: str) -> Path:
         """Where a result is kept: `metrics/<name>.json`."""

@@ -11,6 +11,8 @@ under its own number.
 import contextlib
 import copy
 import dataclasses
+import os
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,13 +26,14 @@ from optuna.trial import Trial, TrialState
 
 from sdlab.base_models import BaseModel
 from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet, summary
-from sdlab.files import cannot_write, read_json, refusal, sha256_of_json
+from sdlab.files import alone, cannot_write, read_json, refusal, sha256_of_json
 from sdlab.images import ImageDataset
 from sdlab.run import Run, check_storage
 from sdlab.settings import BadInput, Settings
 from sdlab.training import derive_seed
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+POLL = 1.0  # seconds between looks at trials that others are at
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,19 @@ def study_name(settings: Settings, search: str) -> str:
     return f"{settings.experiment}-{search}"
 
 
+def open_storage(settings: Settings) -> optuna.storages.BaseStorage:
+    """SQLite lets one process write at a time: others wait for it, longer than its five seconds."""
+    if settings.storage_url.startswith("sqlite"):
+        return optuna.storages.RDBStorage(settings.storage_url, engine_kwargs=dict(connect_args=dict(timeout=120)))
+    return optuna.storages.get_storage(settings.storage_url)
+
+
 def open_study(settings: Settings, search: str) -> optuna.Study:
     """Create or load. Raises `BadInput` for a storage that cannot be reached, or not written."""
     check_storage(settings)
     try:
         return optuna.create_study(
-            storage=settings.storage_url,
+            storage=open_storage(settings),
             study_name=study_name(settings, search),
             direction="maximize",
             pruner=new_pruner(settings),
@@ -113,7 +123,7 @@ def rename_study(settings: Settings, search: str, more: str) -> None:
     if not settings.storage and not (settings.run_folder / "searches.db").exists():
         return
     with storing(settings):
-        storage = optuna.storages.get_storage(settings.storage_url)
+        storage = open_storage(settings)
         if name in optuna.study.get_all_study_names(storage):
             optuna.copy_study(
                 from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=f"{name} ({more})"
@@ -135,23 +145,35 @@ def run_search(
 
     `point_of(epoch, num_inference_steps, guidance_scale)` says which checkpoints an epoch means. `known` is a point
     that earlier steps arrived at: where finalists are scored anew, it is one of them.
+
+    Several processes may be at one search, by `Run(..., helping=True)`: each takes trials that no other is at, and a helper
+    returns {} when none is left to take. Which trial sees which others' results depends on their pace then, so such a
+    search does not repeat.
     """
     path = run.metrics(search)
     if path.exists():
         return read_json(path)
     settings = run.settings
     with storing(settings):
-        study = open_study(settings, search)
-        check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
+        with alone(run.folder / ".locks" / "storage"):  # one process makes it
+            study = open_study(settings, search)
+            check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
         artifacts = FileSystemArtifactStore(base_path=artifact_folder(run.folder))
-        done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        done = finished(study)
         with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
-            for number in range(trials):
-                trial = next_trial(study, number)
-                if trial is not None:
-                    sampler = new_sampler(settings, search, number)
-                    run_trial(run, base, data, study, trial, ranges, sampler, point_of, artifacts)
-                    bar.update()
+            while done < trials:
+                with claimed(run, study, trials) as trial:
+                    if trial is not None:
+                        sampler = new_sampler(settings, search, trial.number)
+                        run_trial(run, base, data, study, trial, ranges, sampler, point_of, artifacts)
+                if trial is None:  # the rest is at work elsewhere
+                    if run.helping:
+                        break
+                    time.sleep(POLL)
+                done, before = finished(study), done
+                bar.update(done - before)
+        if run.helping:
+            return {}
         finalists = score_finalists(run, base, data, study, known)
         return run.keep(search, export(study, settings, ranges, finalists))
 
@@ -192,13 +214,29 @@ def artifact_folder(folder: Path) -> Path:
     return path
 
 
-def next_trial(study: optuna.Study, number: int) -> Trial | None:
-    """The trial of this number: a new one, the one that was cut short, or None if it is finished."""
-    existing = study.get_trials(deepcopy=False)
-    if number == len(existing):
-        return study.ask()
-    frozen = existing[number]
-    return None if frozen.state.is_finished() else Trial(study, frozen._trial_id)
+def finished(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+
+@contextlib.contextmanager
+def claimed(run: Run, study: optuna.Study, trials: int) -> Iterator[Trial | None]:
+    """The lowest trial that is neither finished nor at work: one that was cut short, else a new one; None if there is none.
+
+    It is this process's for the block. Where that ends with its process, the next one to ask goes on with the trial.
+    """
+    locks = run.folder / ".locks"
+    with contextlib.ExitStack() as held:
+        trial = None
+        with alone(locks / study.study_name):  # one process asks at a time
+            existing = study.get_trials(deepcopy=False)
+            for number in range(trials):
+                known = existing[number] if number < len(existing) else None
+                if known is not None and known.state.is_finished():
+                    continue
+                if held.enter_context(alone(locks / f"{study.study_name}-{number:03d}", wait=False)):
+                    trial = study.ask() if known is None else Trial(study, known._trial_id)
+                    break
+        yield trial
 
 
 def run_trial(run, base, data, study, trial, ranges: Ranges, sampler, point_of, artifacts) -> None:
@@ -213,7 +251,9 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, sampler, point_of, 
     state, name = TrialState.COMPLETE, f"trial {trial.number}"
     for images in settings.rungs():
         made = make_set(run, base, data, point, images, seed, desc=name)
-        scored = judge(made.split(images), data, settings, seeds, [split], run.progress, name, searching=True)
+        scored = judge(
+            made.split(images), data, settings, seeds, [split], run.progress, name, True, run.begun / "classifiers"
+        )
         cas = summary(scored[split])
         value = cas["mean"]
         with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
@@ -230,6 +270,7 @@ def run_trial(run, base, data, study, trial, ranges: Ranges, sampler, point_of, 
         synthetic=made.folder.name,
         generation_seconds=round(made.seconds(images), 2),
         trial_seconds=round(time.perf_counter() - started, 2),
+        process=f"{os.getpid()} on {socket.gethostname()}",
         accuracy=cas["accuracy"],
         balanced_accuracy=cas["balanced"],
         recall=[r if r is None else round(r, 4) for r in cas["recall"]],
@@ -342,7 +383,15 @@ def score_finalists(
         seed, point = derive_seed(settings.seed, "finalists"), OperatingPoint(**finalist["point"])
         made = make_set(run, base, data, point, settings.search_images, seed, desc=name)
         scored = judge(
-            made.split(settings.search_images), data, settings, seeds, [split], run.progress, name, searching=True
+            made.split(settings.search_images),
+            data,
+            settings,
+            seeds,
+            [split],
+            run.progress,
+            name,
+            True,
+            run.begun / "classifiers",
         )
         finalist["again"] = summary(scored[split])
     return sorted(finalists, key=lambda f: -f["again"]["mean"])

@@ -4,10 +4,12 @@ Defaults are the paper's (METHOD table of the README), but for `PAPERS_OWN`. A p
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +20,18 @@ import yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 PARAMS = PROJECT_ROOT / "params"
+LARGEST_FILE = 100_000  # bytes of a parameter file, whose lines are a few dozen
+LONGEST_TEXT, LONGEST_NAME = 1000, 100  # characters
+LARGEST_NUMBER = 2**31 - 1  # of whole ones, where a setting names no other
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control, line ends, halves of a character
 
 
 class BadInput(ValueError):
     """Something a user gave or left cannot be used: one sentence with what was found, what is allowed, what to do."""
+
+
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 2, 80, 80, 40
 
 
 def setting(default: Any, text: str, *, steps: str = "", low=None, high=None, choices: tuple = ()) -> Any:
@@ -70,7 +80,7 @@ class Settings:
         "(SQLite) in the experiment's folder",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    num_threads: int = setting(0, "CPU threads of torch; 0: torch's own choice", low=0)
+    num_threads: int = setting(0, "CPU threads of torch; 0: torch's own choice", low=0, high=1024)
     resume_minutes: float = setting(
         10.0, "of training until its state is kept inside an epoch too (after each it always is)", low=0.0
     )
@@ -103,7 +113,7 @@ class Settings:
     )
 
     # Step 1: Class-Encoder transfer learning. Step 3: fine-tuning of the UNet.
-    class_encoder_hidden: int = setting(500, "width between the two linear layers", steps="01", low=1)
+    class_encoder_hidden: int = setting(500, "width between the two linear layers", steps="01", low=1, high=65_536)
     class_encoder_epochs: int = setting(50, "epochs of step 1", steps="01", low=1)
     class_encoder_batch_size: int = setting(64, "images a step", steps="01", low=1)
     class_encoder_learning_rate: float = setting(1e-4, "at the start of the cosine", steps="01", low=0.0, high=1.0)
@@ -171,7 +181,9 @@ class Settings:
     search_stop_patience: int = setting(50, "early-stopping patience in the searches", steps="02 04", low=1)
 
     # The judge: ResNet20 trained on what was generated.
-    classifier_filters: int = setting(64, "filters of the first stage: 64 (authors) or 16", steps=GENERATING, low=1)
+    classifier_filters: int = setting(
+        64, "filters of the first stage: 64 (authors) or 16", steps=GENERATING, low=1, high=1024
+    )
     classifier_epochs: int = setting(100, "epochs, or checks where classifier_steps is set", steps=GENERATING, low=1)
     classifier_steps: int = setting(
         0, "one budget of optimiser steps for every set, whatever its size; 0: epochs", steps=GENERATING, low=0
@@ -206,9 +218,10 @@ class Settings:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in given:
             if name not in fields:
-                near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
+                given_name = name if isinstance(name, str) and name.isprintable() and len(name) < 60 else brief(name)
+                near = difflib.get_close_matches(given_name, fields, n=1, cutoff=0.5)
                 hint = f"did you mean `{near[0]}`?" if near else "`sdlab settings` lists them all."
-                raise BadInput(f"`{name}` is not a setting: {hint}")
+                raise BadInput(f"`{given_name}` is not a setting: {hint}")
         for name in ("experiment", "dataset"):
             if name not in given:
                 raise BadInput(f"The parameters name no `{name}`: a parameter file begins with `{name}: <name>`.")
@@ -222,7 +235,7 @@ class Settings:
         given = read_parameters(path)
         if Path(path).resolve().parent == PARAMS and given.get("experiment", Path(path).stem) != Path(path).stem:
             raise BadInput(
-                f"{Path(path).name} in params/ says `experiment: {given['experiment']}`: a copied file keeps another's name "
+                f"{Path(path).name} in params/ says `experiment: {brief(given['experiment'])}`: a copied file keeps another's name "
                 f"and would write into its folder; change the line to `experiment: {Path(path).stem}`."
             )
         return cls.from_mapping({**given, **on_top})
@@ -237,8 +250,7 @@ class Settings:
         """
         given = notebook_parameters(namespace)
         experiment = given.get("experiment")
-        file = PARAMS / f"{experiment}.yaml"
-        if isinstance(experiment, str) and file.is_file():
+        if isinstance(experiment, str) and is_file(file := PARAMS / f"{experiment}.yaml"):
             return cls.from_file(file, **given)
         if set(given) <= {"experiment"} and experiment is not None:
             known = sorted(path.stem for path in PARAMS.glob("*.yaml"))
@@ -256,6 +268,15 @@ class Settings:
             raise BadInput(
                 f"`experiment` is {self.experiment!r}: it names a folder, so it is made of letters, digits, and . _ - only."
             )
+        if len(self.experiment) > LONGEST_NAME:
+            raise BadInput(
+                f"`experiment` is {brief(self.experiment)}, of {len(self.experiment)} characters: it names folders and files, so "
+                f"give it {LONGEST_NAME} at most."
+            )
+        for name in ("dataset", "base_model", "data_root"):
+            check_path(name, getattr(self, name), "")
+        for name in ("runs_root", "reports_root"):
+            check_path(name, getattr(self, name), self.experiment)
         ragged = [images for images in self.rungs() if images % self.shard_size]
         if ragged:
             raise BadInput(
@@ -338,24 +359,65 @@ def checked(f: dataclasses.Field, value: Any) -> Any:
     right = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
     if not right or isinstance(value, bool) != (f.type is bool):
         hint = ""
-        if isinstance(value, str) and is_number(value):
-            hint = f" Write {float(value)!r} without quotes; YAML takes an exponent only after a point, as in 1.0e-4."
+        if isinstance(value, str) and is_number(value) and f.type in (int, float):
+            number = int(float(value)) if f.type is int else float(value)
+            hint = f" Write {brief(number)} without quotes; YAML takes an exponent only after a point, as in 1.0e-4."
         raise BadInput(
-            f"`{f.name}` is {value!r} ({type(value).__name__}), but it has to be {allowed} ({f.metadata['text']}).{hint}"
+            f"`{f.name}` is {brief(value)} ({type(value).__name__}), but it has to be {allowed} ({f.metadata['text']}).{hint}"
         )
     if f.type is float:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            value = math.inf
         if not math.isfinite(value):
             raise BadInput(f"`{f.name}` is {value}, but it has to be finite ({f.metadata['text']}).")
+    if f.type is str:
+        check_text(f.name, value)
     low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise BadInput(f"`{f.name}` is {value!r}: allowed are {', '.join(map(repr, choices))}.{hint}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"{low} to {high}"
-        raise BadInput(f"`{f.name}` is {value}: allowed is {allowed} ({f.metadata['text']}).")
+        raise BadInput(f"`{f.name}` is {brief(value)}: allowed are {', '.join(map(repr, choices))}.{hint}")
+    if f.type not in (int, float):
+        return value
+    most = high if high is not None else LARGEST_NUMBER if f.type is int else math.inf
+    if (low is not None and value < low) or value > most:
+        allowed = f"at least {low}" if high is None and value <= most else f"{low} to {most}"
+        raise BadInput(f"`{f.name}` is {brief(value)}: allowed is {allowed} ({f.metadata['text']}).")
     return value
+
+
+def check_text(name: str, value: str) -> None:
+    """Raises `BadInput` for a text that would break a sentence, a path or the file it is written to."""
+    if odd := UNPRINTABLE.search(value):
+        raise BadInput(f"`{name}` is {brief(value)}, which holds the character {odd[0]!a}: give one printable line.")
+    if len(value) > LONGEST_TEXT:
+        raise BadInput(
+            f"`{name}` is {brief(value)}, of {len(value)} characters: give a text of at most {LONGEST_TEXT}."
+        )
+
+
+def check_path(name: str, text: str, below: str) -> None:
+    """Raises `BadInput` for a path that no system can have, or (with `below`) for a root that no folder can be made in."""
+    try:
+        path = PROJECT_ROOT / Path(text).expanduser() / below
+        there = next(p for p in (path, *path.parents) if p.is_symlink() or p.exists())
+        folder = there.is_dir()
+    except PermissionError:  # of another user, or another machine's: whoever needs it says so
+        return
+    except (OSError, RuntimeError) as error:  # too long, a ring of links, the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"`{name}` is {brief(text)}, which can be no path here ({why}): give another one.") from None
+    if below and not folder:
+        raise BadInput(f"`{name}` is {brief(text)}, but {there} is no folder: move it away, or name another `{name}`.")
+
+
+def brief(value: Any) -> str:
+    """A value in a sentence: a file may give one of any length, and depth, which written out would fill the memory."""
+    with contextlib.suppress(Exception):  # Python itself writes out no whole number of more than 4300 digits
+        return BRIEF.repr(value)
+    return "too long to be shown"
 
 
 def is_number(text: str) -> bool:
@@ -365,29 +427,76 @@ def is_number(text: str) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """Also for a name that is too long for any file."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def parameter_file(name_or_path: str) -> Path:
     """`digits` or `path/to/file.yaml` -> the file. Raises `BadInput`."""
     for path in (PARAMS / f"{name_or_path}.yaml", Path(name_or_path)):
-        if path.is_file():
+        if is_file(path):
             return path
     known = sorted(path.stem for path in PARAMS.glob("*.yaml"))
     near = difflib.get_close_matches(name_or_path, known, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
-    raise BadInput(f"There is no parameter file for `{name_or_path}`: params/ has {', '.join(known)}.{hint}")
+    name = name_or_path if name_or_path.isprintable() and len(name_or_path) < 200 else brief(name_or_path)
+    raise BadInput(
+        f"There is no parameter file for `{name}`: give the path of one, or a name in params/, which has "
+        f"{', '.join(known)}.{hint}"
+    )
+
+
+class Flat(yaml.SafeLoader):
+    """Without aliases, which a few lines can nest until they fill the memory, and without a name's silent second value."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise Unused(problem="aliases, as *name, are not read", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise Unused(problem=f"{brief(key.value)} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class Unused(yaml.MarkedYAMLError):
+    """YAML that a parameter file has no use for."""
+
+
+def from_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises `yaml.YAMLError`, and that alone, for whatever is none."""
+    try:
+        return yaml.load(text, Loader=Flat)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # of a 30th of February, of brackets without end: whatever its constructors raise
+        raise yaml.YAMLError(type(error).__name__) from None
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
     """The names and values of a YAML file, unchecked but for its form. Raises `BadInput`."""
+    form = "it holds lines of the form `name: value`"
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The parameter file {path} cannot be read ({error}).") from None
+        if (size := Path(path).stat().st_size) > LARGEST_FILE:
+            raise BadInput(f"The parameter file {path} has {size:,} bytes: {form}, {LARGEST_FILE:,} bytes at most.")
+        given = from_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise BadInput(f"The parameter file {path} is no UTF-8 text: save it as such; {form}.") from None
+    except OSError as error:
+        raise BadInput(f"The parameter file {path} cannot be read ({error.strerror}): give one that can.") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise BadInput(
-            f"The parameter file {path} is not valid YAML{line}: it holds lines of the form `name: value`."
-        ) from None
+        why = f" ({error.problem})" if isinstance(error, Unused) else ""
+        raise BadInput(f"The parameter file {path} is not valid YAML{line}{why}: {form}.") from None
     if not isinstance(given, dict):
         raise BadInput(f"The parameter file {path} holds no settings: it needs lines of the form `name: value`.")
     return given

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.files import read_sealed, sha256_of_file
+from sdlab.files import checked_form, read_sealed, sha256_of_file
 from sdlab.settings import BadInput
 
 
@@ -14,12 +14,28 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard_{index:05d}.safetensors"
 
 
+def read_manifest(folder: Path) -> dict:
+    """A set's manifest. Raises `BadInput` if it is missing, or not what was written."""
+    path = folder / "manifest.json"
+    manifest = read_sealed(path, "run its step again, which makes it.")
+    checked_form(manifest, dict(key=str, plan=dict, made_from=dict | None, shards=dict), path)
+    checked_form(manifest["plan"], dict(shard_size=int, seed=int), path)
+    if manifest["made_from"]:
+        made_from = checked_form(manifest["made_from"], dict(point=dict, checkpoints=dict, labels=str), path)
+        checked_form(made_from["point"], dict(class_encoder_epoch=int, unet_epoch=int), path)
+    for index, noted in manifest["shards"].items():
+        checked_form(noted, dict(sha256=str, seconds=float | int), path)
+        if not index.isdecimal() or manifest["plan"]["shard_size"] < 1:
+            raise BadInput(f"{path} is damaged (it has a shard {index!r}): move it away and run its step again.")
+    return manifest
+
+
 def stored_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first `count` images and labels of a set, shard by shard: uint8 (n, 3, h, w), int64 (n,).
 
     Each shard is checked against its hash when it is reached. Raises `BadInput` for one that is missing or damaged.
     """
-    manifest = read_sealed(folder / "manifest.json", "run its step again, which makes it.")
+    manifest = read_manifest(folder)
     size, shards = manifest["plan"]["shard_size"], manifest["shards"]
     for index in range(-(-count // size)):
         path = shard_path(folder, index)
@@ -27,5 +43,13 @@ def stored_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.nda
             raise BadInput(f"{path} is missing: run its step again, which makes it.")
         if sha256_of_file(path) != shards[str(index)]["sha256"]:
             raise BadInput(f"{path} is truncated or altered: move it away and run its step again, which makes it anew.")
-        held, left = load_file(path), count - index * size
-        yield held["images"][:left], held["labels"][:left]
+        try:
+            held, left = load_file(path), count - index * size
+            images, labels = held["images"], held["labels"]
+            if images.dtype != np.uint8 or images.shape[:2] != (len(labels), 3) or images.ndim != 4 or labels.ndim != 1:
+                raise ValueError(f"images {images.shape} of {images.dtype}")
+        except Exception as error:  # a manifest may name anything
+            raise BadInput(
+                f"{path} holds no images and labels ({error}): move its folder away and run its step again."
+            ) from None
+        yield images[:left], labels[:left]

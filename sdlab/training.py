@@ -9,12 +9,11 @@ All randomness derives from (seed, part, epoch); the resume state says where in 
 was cut goes on from its last state with the same bytes.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,11 @@ import torch.nn.functional as F
 from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel, first_line, make_scheduler, out_of_memory
+from sdlab.base_models import BaseModel, first_line, fitting, make_scheduler
 from sdlab.files import (
     check_room,
+    checked_form,
+    checkpoint_hashes,
     checkpoint_sha,
     read_json,
     sha256_of_file,
@@ -133,6 +134,7 @@ def train(
     def save_state(position: Position) -> None:
         save_resume_state(folder / "resume.safetensors", lineage, position, trained, optimizer, scaler)
 
+    smaller = f"take a smaller `{plan.part}_batch_size` in an experiment of its own (it is another training)"
     done = at.epochs * per_epoch + at.steps
     with progress(total=all_steps, initial=done, desc=f"train {plan.part}", unit="step") as bar:
         for epoch in range(at.epochs + 1, plan.epochs + 1):
@@ -153,7 +155,7 @@ def train(
                 ).to(device)
                 # Of each class once, the same for all its images. A product with one-hot rows looks them up: indexing
                 # would add up its gradients in an order that differs from run to run where there are several threads.
-                with fitting(plan, folder):
+                with fitting(f"a step of {plan.part} with {plan.batch_size} images", smaller):
                     conditions = class_encoder.table() if table is None else table
                     rows = F.one_hot(labels[batch.to(device)], len(conditions)).to(conditions.dtype)
                     encoder_hidden_states = (rows @ conditions.flatten(1)).view(-1, *conditions.shape[1:])
@@ -187,21 +189,6 @@ def train(
             save_state(at)
     trained.requires_grad_(False).eval()
     return history
-
-
-@contextlib.contextmanager
-def fitting(plan: TrainingPlan, folder: Path) -> Iterator[None]:
-    """Raises `BadInput` where a step does not fit into memory. Smaller steps would be another training: they are not made."""
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise BadInput(
-            f"The memory does not hold a step of {plan.part} with {plan.batch_size} images: take a smaller "
-            f"`{plan.part}_batch_size` in an experiment of its own (it is another training), or free memory that other programs "
-            f"hold and give the same command; earlier checkpoints in {folder} are intact."
-        ) from None
 
 
 def noise_loss(base, scheduler, latents, noise, timesteps, encoder_hidden_states) -> torch.Tensor:
@@ -308,7 +295,7 @@ def intact(folder: Path) -> bool:
 
 def damage(folder: Path) -> str:
     """The first file of a checkpoint that is not as it was written, in words; empty if all are."""
-    for name, sha in read_json(folder / "manifest.json").items():
+    for name, sha in checkpoint_hashes(folder).items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256_of_file(folder / name) != sha:
@@ -343,7 +330,8 @@ def kept_history(folder: Path, lineage: str) -> list[dict]:
     """The epochs already trained. Raises `BadInput` if the folder holds another training."""
     if not (folder / "history.json").exists():
         return []
-    kept = read_json(folder / "history.json")
+    path, form = folder / "history.json", dict(lineage=str, plan=dict, epochs=list)
+    kept = checked_form(read_json(path), form, path)
     if kept["lineage"] != lineage:
         raise BadInput(
             f"{folder} holds a training with another plan or other inputs: give the experiment another name, "

@@ -12,18 +12,18 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from sdlab.files import checkpoint_sha, inside, read_json, read_sealed, sha256_of_file
+from sdlab.files import checked_form, checkpoint_hashes, checkpoint_sha, read_json, read_sealed, sha256_of_file
 from sdlab.run import STEPS, WRITES, differences, digest, read_record
 from sdlab.settings import BadInput, Settings
-from sdlab.shards import shard_path
+from sdlab.shards import read_manifest, shard_path
 
 # What a run leaves that is hashed nowhere: of no use to any later step, or checked otherwise.
-FREE = {".lock", "progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
+FREE = {"progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,6 @@ class Verification:
 
     def compare(self, name: str, noted: dict, number: str, prefix: bool = False) -> None:
         """A file with its noted hash and size; with `prefix`, only its first bytes, since it grows."""
-        if not inside(name):
-            self.add(f"records/{number}.json", "foreign", f"names {name!r}, outside the folder", "move it away")
-            return
         path, repair = self.folder / name, self.again(name)
         if not path.is_file():
             self.add(name, "missing", f"{STEPS[number].stem} wrote it", repair)
@@ -119,7 +116,7 @@ class Verification:
             name = f"records/{number}.json"
             try:
                 record = read_record(self.settings, number)
-                if record is not None and record.get("step") != STEPS[number].stem:
+                if record is not None and record["step"] != STEPS[number].stem:
                     raise BadInput("of another step")
             except BadInput:
                 self.add(name, "damaged", "its content is not what was written", self.again(name))
@@ -166,6 +163,7 @@ class Verification:
             noted = read_sealed(self.folder / name)
             if list(noted) != [copy]:
                 raise BadInput("of another notebook")
+            checked_form(noted[copy], dict(sha256=str, bytes=int), self.folder / name)
         except BadInput:
             self.add(name, "damaged", "its content is not what was written", self.again(name))
             return
@@ -177,11 +175,8 @@ class Verification:
 
     def checkpoint(self, part: str, epoch: Path) -> None:
         try:
-            hashes = read_json(epoch / "manifest.json")
-            odd = not isinstance(hashes, dict) or [name for name in hashes if PurePosixPath(name).name != name]
+            hashes = checkpoint_hashes(epoch)
         except BadInput:
-            hashes, odd = {}, True
-        if odd:
             self.add(epoch / "manifest.json", "damaged", "it names no files and hashes", self.again(part))
             return
         self.seen.setdefault((epoch / "manifest.json").relative_to(self.folder).as_posix(), True)
@@ -212,8 +207,8 @@ class Verification:
         name = (made / "manifest.json").relative_to(self.folder).as_posix()
         relative = made.relative_to(self.folder).as_posix()
         try:
-            manifest = read_sealed(made / "manifest.json")
-            if manifest.get("key") != made.name:
+            manifest = read_manifest(made)
+            if manifest["key"] != made.name:
                 raise BadInput("of another set")
         except BadInput:
             if made.is_dir():
@@ -286,6 +281,8 @@ class Verification:
             name = path.relative_to(self.folder).as_posix()
             if not path.is_file() or name in self.seen or name in FREE or name.startswith("aside/"):
                 continue
+            if path.name == ".lock" or name.startswith(".locks/"):
+                continue  # empty: what counts is who holds them
             if any(part.startswith(".") and part.endswith(".part") for part in path.parts):
                 continue  # of a write that was killed; the next run takes it away
             if unfinished and not name.endswith(".ipynb"):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import click
@@ -25,6 +26,7 @@ from sdlab.run import (
     STEPS,
     WRITES,
     Lock,
+    Run,
     Step,
     check_step,
     move_aside,
@@ -40,19 +42,30 @@ NOTEBOOKS = PROJECT_ROOT / "notebooks"
 
 
 class OneSentence(click.Group):
-    """A `BadInput` is shown as its one sentence, with exit code 1; `--debug` shows where it came from."""
+    """Whatever fails is shown in one sentence, with exit code 1; `--debug` shows where it came from."""
 
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except BadInput as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(str(error)) from None
-        except OSError as error:  # of what is written outside any run: a terminal's temporary folder, a notebook's copy
-            if ctx.params.get("debug") or not (number := refusal(error)):
-                raise
-            raise click.ClickException(cannot_write(error.filename or tempfile.gettempdir(), number)) from None
+            raise click.ClickException(in_words(error, ctx.invoked_subcommand)) from None
+
+
+def in_words(error: Exception, command: str) -> str:
+    """One sentence for an error that ended a command."""
+    if isinstance(error, BadInput):
+        return str(error)
+    if number := refusal(error):  # of what is written outside any run: a terminal's temporary folder, a notebook's copy
+        return cannot_write(getattr(error, "filename", None) or tempfile.gettempdir(), number)
+    said = str(error).strip() or "no words"
+    return (
+        f"This should not have happened ({type(error).__name__}: {said}): `sdlab --debug {command} ...` shows where, and what was "
+        "finished before is intact."
+    )
 
 
 @click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,30 +121,60 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
 
     fetch_dataset(settings)
     fetch_base_model(settings)
-    os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
-    name = hashlib.sha256(str(settings.run_folder).encode()).hexdigest()[:16]
-    # Not in the run's folder, where a run that is refused may leave nothing.
-    lock = Lock(Path(tempfile.gettempdir()) / f"sdlab-{os.getuid()}-{name}.lock", settings.run_folder, "sdlab run")
-    if lock.note:
-        click.echo(lock.note, err=True)
     started, executed = time.monotonic(), 0
-    if redo:
-        set_aside(settings, redo)
-    for step in STEPS.values():
-        if step.number > until:
-            break
-        done = check_step(settings, step.number).state == "done"
-        if done and (step.number != "07" or tables_are_current(settings)):
-            click.echo(f"{step.stem:<24} finished before, skipped")
-            continue
-        seconds = execute(settings, step)
-        executed += 1
-        click.echo(f"{step.stem:<24} {seconds:7.1f} s")
-    lock.release()
+    with at_work(settings, "sdlab run"):
+        if redo:
+            set_aside(settings, redo)
+        for step in STEPS.values():
+            if step.number > until:
+                break
+            done = check_step(settings, step.number).state == "done"
+            if done and (step.number != "07" or tables_are_current(settings)):
+                click.echo(f"{step.stem:<24} finished before, skipped")
+                continue
+            seconds = execute(settings, step)
+            executed += 1
+            click.echo(f"{step.stem:<24} {seconds:7.1f} s")
     if until == max(STEPS):
         publish(settings)
         show_tables(settings)
     click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+@contextlib.contextmanager
+def at_work(settings: Settings, what: str) -> Iterator[None]:
+    """One command that runs notebooks of an experiment at a time. Raises `BadInput` that names the other."""
+    os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
+    # Not in the run's folder, where a run that is refused may leave nothing.
+    lock = Lock(scratch_folder(settings).with_suffix(".lock"), settings.run_folder, what)
+    if lock.note:
+        click.echo(lock.note, err=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def scratch_folder(settings: Settings) -> Path:
+    """Where an experiment's kernel is at home: the same each time, so that what a killed one left is found and removed."""
+    name = hashlib.sha256(str(settings.run_folder).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"sdlab-{os.getuid()}-{name}"
+
+
+@contextlib.contextmanager
+def scratch(settings: Settings) -> Iterator[Path]:
+    """An empty folder for an executed notebook, and for what Jupyter keeps of its kernel; gone at the end."""
+    folder = scratch_folder(settings)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    before, os.environ["JUPYTER_RUNTIME_DIR"] = os.environ.get("JUPYTER_RUNTIME_DIR"), str(folder)
+    try:
+        yield folder
+    finally:
+        os.environ.pop("JUPYTER_RUNTIME_DIR")
+        if before is not None:
+            os.environ["JUPYTER_RUNTIME_DIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(settings: Settings, number: str) -> None:
@@ -173,8 +216,8 @@ def execute(settings: Settings, step: Step) -> float:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     started, record = time.monotonic(), record_path(settings, step.number)
     before = record.read_bytes() if record.exists() else None
-    with tempfile.TemporaryDirectory() as scratch, Watcher(settings.run_folder / "progress.json", step.stem):
-        output = Path(scratch) / f"{step.stem}.ipynb"
+    with scratch(settings) as folder, Watcher(settings.run_folder / "progress.json", step.stem):
+        output = folder / f"{step.stem}.ipynb"
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{step.stem}.ipynb",
@@ -190,11 +233,11 @@ def execute(settings: Settings, step: Step) -> float:
             # A notebook that was refused before it opened its step leaves nothing.
             opened = record.exists() and record.read_bytes() != before
             kept = keep_executed(settings, step, output) if opened else None
-            raise BadInput(failure(step, error, kept)) from None
-        except DeadKernelError:
+            raise BadInput(failure(step, error, kept)) from error
+        except DeadKernelError as error:
             raise BadInput(
                 f"The kernel of {step.stem} died (often: out of memory): the same command goes on where it was."
-            ) from None
+            ) from error
         except KeyboardInterrupt:
             raise BadInput(f"Stopped during {step.stem}: the same command goes on where it was.") from None
         keep_executed(settings, step, output)
@@ -320,6 +363,46 @@ class Watcher(threading.Thread):
         self.bar.refresh()
 
 
+# ----------------------------------------------------------------------------------------------------- work
+
+
+@cli.command()
+@with_settings
+def work(settings: Settings) -> None:
+    """Take trials of the searches beside `sdlab run`: on another GPU (-p device cuda:1), or a machine that shares the folder.
+
+    Waits for each search to begin, and ends with the last. A search that several processes are at does not repeat.
+    """
+    loaded = ()
+    for number, search in (("02", "search_class_encoder"), ("04", "search_unet")):
+        step = STEPS[number]
+        await_state(settings, step, begun=True)
+        if not loaded:
+            from sdlab.base_models import load_base_model  # torch, diffusers and optuna are slow to import
+            from sdlab.datasets import load_dataset
+
+            loaded = load_dataset(settings), load_base_model(settings)
+        run = Run(settings, step.stem, *loaded, helping=True)
+        if not run.finished:
+            from sdlab import search as searches
+
+            getattr(searches, search)(run, loaded[1], loaded[0])
+            click.echo(f"{step.stem}: no trial is left to take")
+        await_state(settings, step, begun=False)
+
+
+def await_state(settings: Settings, step: Step, begun: bool) -> None:
+    """Wait until a step is finished, or with `begun` until it is at work. Raises `BadInput` for one that cannot be."""
+    said = False
+    while (record := read_record(settings, step.number)) is None or not (begun or record["finished"]):
+        if not said:
+            what = "begin" if begun else "end"
+            click.echo(f"waiting for {step.stem} to {what} (`sdlab run {settings.experiment}`)", err=True)
+            said = True
+        time.sleep(1)
+    check_step(settings, step.number)
+
+
 # ------------------------------------------------------------------------------------- status, dashboard, settings
 
 
@@ -395,14 +478,13 @@ def repair(settings: Settings, path: str) -> None:
         move_aside(folder, [folder / path])
     lock.release()
     step = maker(settings, path)
-    if path.startswith("synthetic/"):
-        from sdlab.evaluation import remake  # torch and diffusers are slow to import
+    with at_work(settings, "sdlab repair"):
+        if path.startswith("synthetic/"):
+            from sdlab.evaluation import remake  # torch and diffusers are slow to import
 
-        os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
-        remake(settings, PurePosixPath(path).parts[1])
-    elif step is not None:
-        os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
-        execute(settings, step)
+            remake(settings, PurePosixPath(path).parts[1])
+        elif step is not None:
+            execute(settings, step)
     left = [finding.path for finding in verify(settings)[0]]
     said = f"{path} was moved to {shown(folder)}/aside/" if there else f"{path} was not there"
     if any(name == path or name.startswith(f"{path}/") for name in left):
@@ -453,8 +535,8 @@ def plan(settings: Settings, again: bool) -> None:
 @with_settings
 def benchmark(settings: Settings) -> None:
     """Time each part beside what one would otherwise run, on this machine (notebook 08)."""
-    os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
-    seconds = execute(settings, BENCHMARKS)
+    with at_work(settings, "sdlab benchmark"):
+        seconds = execute(settings, BENCHMARKS)
     publish(settings)
     click.echo((settings.report_folder / "benchmarks.md").read_text(encoding="utf-8"))
     click.echo(f"{shown(settings.report_folder)}/, in {seconds / 60:.1f} minutes.")

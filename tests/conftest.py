@@ -31,6 +31,12 @@ def command(*arguments, cwd=None):
     return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
 
 
+def record_of(**given):
+    """A step's record with the least that it holds."""
+    least = dict(step="", settings={}, upstream={}, inputs={}, outputs={}, begun="", finished="yes", seconds=1.0)
+    return least | dict(opened_at=0.0) | given
+
+
 def write_base_model(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Random weights, but every kind of layer that SD has: cross-attention, down- and upsampling, a KL-VAE."""
     torch.manual_seed(0)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
+from sdlab import evaluation
 from sdlab.classifier import Recipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
 from sdlab.evaluation import judge, summary
 from sdlab.images import Split
+from sdlab.settings import BadInput
 
 RECIPE = Recipe(
     filters=8, epochs=12, steps=0, batch_size=16, learning_rate=1e-2, label_smoothing=0.1, patience=10, stop_patience=25
@@ -182,6 +184,32 @@ def test_one_that_fails_ends_the_others(small, data, two_threads, monkeypatch):
             epochs.append(seed)
 
     monkeypatch.setattr("sdlab.evaluation.train_classifier", failing)
-    with pytest.raises(MemoryError, match="no more"):
+    with pytest.raises(BadInput, match="memory does not hold a classifier's step of 32 images: take a smaller"):
         judge(data.train, data, small, [0, 1, 2], ["test"])
     assert len(epochs) < 100 and torch.get_num_threads() == 2
+
+
+def test_a_trained_classifiers_scores_are_kept_and_read_where_they_are_of_the_same(small, data, tmp_path, monkeypatch):
+    """Cut at the second of three, it trains two more, and all are what they would have been. Other images: all anew."""
+    trained, whole = [], judge(data.train, data, small, [3, 1, 2], ["val", "test"])
+    original = evaluation.train_classifier
+
+    def counted(train, val, num_classes, recipe, seed, *more):
+        trained.append(seed)
+        if trained == [3, 1]:
+            raise KeyboardInterrupt
+        return original(train, val, num_classes, recipe, seed, *more)
+
+    monkeypatch.setattr(evaluation, "train_classifier", counted)
+    with pytest.raises(KeyboardInterrupt):
+        judge(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path)
+    assert judge(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
+    assert judge(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
+    assert trained == [3, 1, 1, 2]
+    other = Split(255 - data.train.images, data.train.labels)
+    assert judge(other, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) != whole
+    assert trained == [3, 1, 1, 2, 3, 1, 2]
+    for path in tmp_path.glob("*.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BadInput, match=r"\.json is damaged"):
+        judge(data.train, data, small, [3], ["val", "test"], kept=tmp_path)

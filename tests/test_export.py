@@ -34,7 +34,8 @@ def make_pool(settings, shards, size, pixels, images, chosen):
         labels = np.arange(index * size, (index + 1) * size) % 3
         save_file({"images": held, "labels": labels}, shard_path(folder, index))
         entries[str(index)] = dict(sha256=sha256_of_file(shard_path(folder, index)), seconds=1.0)
-    write_sealed(folder / "manifest.json", dict(plan=dict(shard_size=size), shards=entries))
+    plan = dict(shard_size=size, seed=0)
+    write_sealed(folder / "manifest.json", dict(key="abc", plan=plan, made_from=None, shards=entries))
     metrics, cell = settings.run_folder / "metrics", dict(test=dict(mean=0.5, std=0.1, n=100, recall=[]))
     pool = dict(synthetic="abc", images=images, classes=CLASSES, point=dict(num_inference_steps=5))
     write_json(metrics / "scaling.json", dict(chosen="x2", protocol="sealed", pool=pool))

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from conftest import record_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sdlab import base_models, planning
@@ -63,7 +64,7 @@ def test_what_a_finished_search_found_is_used(settings):
     before = workload(settings, FACTS)["03"].passes
     write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(point=point)))
     assert workload(settings, FACTS)["03"].passes == before  # not finished, so not believed
-    write_sealed(settings.run_folder / "records/02.json", dict(finished="yes"))
+    write_sealed(settings.run_folder / "records/02.json", record_of())
     assert workload(settings, FACTS)["03"].passes == 2 * 40 * 2
 
 
@@ -158,7 +159,7 @@ def test_plan_and_actual_stand_side_by_side(settings):
     assert "took" not in plan_table(made) and len(plan_table(made)) == 6
     for number, bytes_so_far in (("00", 0), ("01", 3_000_000)):
         measured = dict(folder_bytes=bytes_so_far, peak_memory_bytes=700_000_000)
-        record = dict(finished="yes", seconds=90.0, measured=measured, settings=settings.of_step(number))
+        record = record_of(seconds=90.0, measured=measured, settings=settings.of_step(number))
         write_sealed(settings.run_folder / f"records/{number}.json", record)
     table = plan_table(made, actual(settings)).set_index("notebook")
     assert table.loc["01_class_encoder", "took"] == "1.5 min" and table.loc["01_class_encoder", "disk used"] == "3 MB"

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import record_of
 
 from sdlab import paper, results
 from sdlab.files import write_json, write_sealed
@@ -244,8 +245,6 @@ def test_names_cannot_break_a_table():
 
 def test_a_run_that_kept_no_plan_says_so_and_older_records_are_no_obstacle(settings):
     assert results.kept_plan(settings) is None
-    write_sealed(
-        settings.run_folder / "records/00.json", dict(finished="yes", seconds=9.0, settings=settings.of_step("00"))
-    )
+    write_sealed(settings.run_folder / "records/00.json", record_of(seconds=9.0, settings=settings.of_step("00")))
     took = results.actual(settings)["00"]
     assert took["hours"] == 0.0025 and results.size(took["disk_gb"]) == results.size(took["memory_gb"]) == "unknown"

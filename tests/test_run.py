@@ -4,13 +4,14 @@ import dataclasses
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from sdlab.files import sha256_of_file, write_json, write_sealed, written_beside
+from sdlab.files import alone, sha256_of_file, write_json, write_sealed, written_beside
 from sdlab.run import STEPS, Lock, Run, read_record, step_state
 from sdlab.settings import BadInput
 
@@ -205,6 +206,32 @@ def test_a_half_file_is_never_read(tmp_path):
         beside.write_text("{half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_half_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
+    """Its own process's too, where nothing is writing it any more; another machine's after a day."""
+    host, dead = socket.gethostname(), subprocess.Popen(["true"])
+    dead.wait()
+    left = [f".x.json.{dead.pid}@{host}.part", f".x.json.{os.getpid()}@{host}.part", ".x.json.1@another.org.part"]
+    stay = [f".x.json.{os.getppid()}@{host}.part", ".x.json.2@another.org.part", ".x.json.part", ".y.json.1@z.part"]
+    for name in (*left, *stay):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    os.utime(tmp_path / left[2], (0, 0))
+    write_json(tmp_path / "x.json", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", *stay}
+
+
+def test_a_lock_is_one_processs_until_it_ends(tmp_path):
+    code = f"import time; from pathlib import Path; from sdlab.files import alone\nwith alone(Path({str(tmp_path / 'l')!r})): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with alone(tmp_path / "l", wait=False) as mine:
+        assert not mine
+    holder.kill()
+    with alone(tmp_path / "l") as mine, alone(tmp_path / "l", wait=False) as again:
+        assert mine and not again
+    holder.wait()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])

@@ -64,7 +64,7 @@ def world(settings, monkeypatch):
             raise KeyboardInterrupt
         return FakeSet(point, log["made"])
 
-    def judge(train, data, settings, seeds, splits, progress, desc, searching):
+    def judge(train, data, settings, seeds, splits, progress, desc, searching, kept):
         log["scored"].append(tuple(splits))
         value = cas(train.point, len(train))
         return {name: [Score(value, 1.0, value, (value,) * 3, 30)] for name in splits}
@@ -268,8 +268,8 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
     settings = dataclasses.replace(settings, search_finalists=3, classifier_seeds=2)
     honest, lucky = search_module.judge, []
 
-    def judge(train, data, settings, seeds, splits, progress, desc, searching):
-        scored = honest(train, data, settings, seeds, splits, progress, desc, searching)
+    def judge(train, data, settings, seeds, splits, progress, desc, searching, kept):
+        scored = honest(train, data, settings, seeds, splits, progress, desc, searching, kept)
         if desc == f"finalist {lucky[0] if lucky else ''}" or (desc.startswith("finalist") and not lucky):
             lucky[:] = lucky or [int(desc.split()[1])]
             scored = {

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from sdlab import latents
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.latents import Moments, encode_images
@@ -338,6 +339,34 @@ def test_latents_are_encoded_once(settings, data, tmp_path, tiny):
     torch.testing.assert_close(first.std.float(), posterior.std, atol=1e-4, rtol=1e-3)
     third = encode_images(images[::-1].__getitem__, len(images), base, 16, path, "made from something else")
     assert not torch.equal(first.mean, third.mean)
+
+
+def test_latents_that_were_cut_go_on_after_their_last_part(base, data, tmp_path, monkeypatch):
+    """The same bytes, no image of a finished part encoded again, and no part left."""
+    monkeypatch.setattr(latents, "ENCODE_BATCH", 8)
+    monkeypatch.setattr(latents, "PART", 16)
+    asked, source = [], data.train.images
+
+    def images(places):
+        if places.start == 32 and asked.count(range(32, 40)) == 0:
+            asked.append(places)
+            raise KeyboardInterrupt
+        asked.append(places)
+        return source[places]
+
+    whole = encode_images(source.__getitem__, len(source), base, 16, tmp_path / "whole" / "train.npz", "made from this")
+    path = tmp_path / "cut" / "train.npz"
+    with pytest.raises(KeyboardInterrupt):
+        encode_images(images, len(source), base, 16, path, "made from this")
+    assert [p.name for p in path.parent.iterdir()] == ["train.parts"] and len(asked) == 5
+    cut = encode_images(images, len(source), base, 16, path, "made from this")
+    assert asked[5:] == [range(32, 40), range(40, 48)]
+    assert torch.equal(cut.mean, whole.mean) and torch.equal(cut.std, whole.std)
+    assert path.read_bytes() == (tmp_path / "whole" / "train.npz").read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == ["train.npz"]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=r"train\.npz is damaged: move it away"):
+        encode_images(images, len(source), base, 16, path, "made from this")
 
 
 def test_kept_moments_are_small(base, data, tmp_path):

@@ -1,12 +1,14 @@
 """kill -9 at seeded random points of every step, each then gone on with and compared byte for byte with one never killed.
 
-    python tests/faults/kills.py --folder FOLDER [--kills 100] [--runs 2] [--kills-a-run 6]
+    python tests/faults/kills.py --folder FOLDER [--kills 100] [--runs 2] [--kills-a-run 6] [--soak MINUTES]
 
 `FOLDER` keeps the uninterrupted run after each step, and `kills.jsonl`, a line a kill; given again, the suite goes on where
-it was. The last lines printed are the counts that docs/reliability.md shows. Exit code 1 if anything differed.
+it was. `--soak` then starts, kills and verifies whole runs, one after another, for so long. The last lines printed are the
+counts that docs/reliability.md shows. Exit code 1 if anything differed, was left lying or was found damaged.
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -24,6 +26,7 @@ TESTS = Path(__file__).parents[1]
 PYTHON = sys.executable
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 STEPS = ("00", "01", "02", "03", "04", "05", "06", "07")
+KINDS = ("shard", "trial", "step", "classifier", "latents")  # of work, as one_step.py writes it down
 WEIGHTS = (1, 3, 4, 3, 4, 4, 1, 1)  # of the kills: where the work is
 # Clocked, or a hash of what is.
 CLOCKED = {"seconds", "generation_seconds", "trial_seconds", "seconds_per_image_step", "sha256"}
@@ -34,7 +37,9 @@ def settings_file(folder: Path) -> Path:
     """Smoke depth with everything under `folder`, and a training state at every step."""
     folder.mkdir(parents=True, exist_ok=True)
     given = yaml.safe_load((TESTS / "smoke.yaml").read_text())
-    given |= dict(runs_root=str(folder / "runs"), reports_root=str(folder / "reports"), num_threads=1)
+    given |= dict(
+        runs_root=str(folder / "runs"), reports_root=str(folder / "reports"), num_threads=1, resume_minutes=0.0
+    )
     (folder / "smoke.yaml").write_text(yaml.safe_dump(given))
     return folder / "smoke.yaml"
 
@@ -68,7 +73,9 @@ def differing(a: dict, b: dict) -> list[str]:
 
 
 def strays(run: Path) -> list[str]:
-    return [p.relative_to(run).as_posix() for p in run.rglob("*") if p.name.endswith(".part")]
+    """Of a finished run: half files, and what unfinished steps keep."""
+    left = [p for p in run.rglob("*") if p.name.endswith((".part", ".parts")) or p.name in ("begun", "progress.json")]
+    return [p.relative_to(run).as_posix() for p in left]
 
 
 def one_step(folder: Path, step: str, log: Path) -> subprocess.Popen:
@@ -151,48 +158,77 @@ def killed_step(folder: Path, index: int, seconds: dict[str, float]) -> dict:
     )  # fmt: skip
 
 
-def killed_run(folder: Path, index: int, kills: int) -> dict:
-    """`sdlab run`, whole, killed again and again with its kernel, and at last let through."""
+def sdlab(environment: dict, *arguments: object, seconds: float | None = None) -> subprocess.CompletedProcess | None:
+    """A command of its own; None if it was killed after `seconds`, half the time without its kernel, which has to see it."""
+    command = list(map(str, (Path(PYTHON).with_name("sdlab"), *arguments)))
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        if process.pid % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        return None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def killed_run(folder: Path, index: int, kills: int, until: float = math.inf) -> dict:
+    """`sdlab run`, whole, killed again and again, verified after each kill, and at last let through (or, late, cut off)."""
     rng, place = random.Random(f"run {index}"), folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
     file = settings_file(place)
-    run, made = place / "runs" / "smoke", 0
-    while made < kills:
-        command = [str(Path(PYTHON).with_name("sdlab")), "run", str(file)]
-        process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        try:
-            _, err = process.communicate(timeout=rng.uniform(4, 25))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    scratch = place / "tmp"
+    scratch.mkdir()
+    environment = ENVIRONMENT | {"TMPDIR": str(scratch), "JUPYTER_RUNTIME_DIR": str(scratch)}
+    run, made, wrong, done = place / "runs" / "smoke", 0, [], None
+    while done is None and time.monotonic() < until:
+        done = sdlab(environment, "run", file, seconds=rng.uniform(3, 25) if made < kills else None)
+        if done is None:
             made += 1
+            if (run / "settings.yaml").exists() and (said := sdlab(environment, "verify", run)).returncode:
+                wrong.append(said.stdout + said.stderr)
+        elif done.returncode:
+            wrong.append(done.stderr)
+    row = dict(kind="run", index=index, kills=made, whole=done is not None, differs=[], strays=[])
+    if done is not None:
+        if (said := sdlab(environment, "verify", run)).returncode:
+            wrong.append(said.stdout + said.stderr)
+        row["differs"] = differing(content(run), content(folder / "after_07" / "smoke"))
+        row["strays"] = strays(run) + [p.name for p in scratch.iterdir() if p.suffix != ".lock"]
+        row["files"] = len([p for p in run.rglob("*") if p.is_file()])
+    time.sleep(3)  # a kernel whose parent was killed ends within a second or two
+    row["processes"] = of_this_place(place)
+    return row | dict(verified=not wrong, wrong=wrong)
+
+
+def of_this_place(place: Path) -> list[str]:
+    """Command lines of processes that were started for a run and are still there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if str(place) in path.read_text(errors="replace"):
+                found.append((path.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # ended meanwhile, or another user's
             continue
-        if process.returncode:
-            raise RuntimeError(err.decode()[-2000:])
-        break
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    verified = subprocess.run([command[0], "verify", str(run)], env=ENVIRONMENT, capture_output=True, text=True)
-    differs = differing(content(run), content(folder / "after_07" / "smoke"))
-    return dict(
-        kind="run", index=index, kills=made, differs=differs, strays=strays(run), verified=verified.returncode == 0, said=verified.stdout[-500:],
-    )  # fmt: skip
+    return found
 
 
 def summary(rows: list[dict]) -> str:
     steps, runs = ([row for row in rows if row["kind"] == kind] for kind in ("step", "run"))
     hit = [row for row in steps if not row["late"]]
-    most = {kind: max((row["repeated"].get(kind, 0) for row in hit), default=0) for kind in ("shard", "trial", "step")}
+    most = {kind: max((row["repeated"].get(kind, 0) for row in hit), default=0) for kind in KINDS}
     of_step = ", ".join(f"{step}: {sum(row['step'] == step for row in hit)}" for step in STEPS)
     lines = [
         f"kills of a step: {len(hit)} ({of_step}); {len(steps) - len(hit)} came after its end",
-        f"kills of a whole `sdlab run`: {sum(row['kills'] for row in runs)} in {len(runs)} runs, "
-        f"{sum(row['verified'] for row in runs)} of them verified afterwards",
-        f"ended otherwise than the run that was never killed: {sum(bool(row['differs']) for row in rows)}; stray files: {sum(len(row['strays']) for row in rows)}",
-        f"made again after one kill, at most: {most['shard']} shards, {most['trial']} trials, {most['step']} training steps",
+        f"kills of a whole `sdlab run`: {sum(row['kills'] for row in runs)} in {len(runs)} runs ({sum(row['whole'] for row in runs)} "
+        f"let through to their end); verified after each kill, found wrong: {sum(len(row['wrong']) for row in runs)}",
+        f"ended otherwise than the run that was never killed: {sum(bool(row['differs']) for row in rows)}; stray files: "
+        f"{sum(len(row['strays']) for row in rows)}; processes left: {sum(len(row['processes']) for row in runs)}; files of a "
+        f"whole run: {sorted({row['files'] for row in runs if row['whole']})}",
+        "made again after one kill, at most: " + ", ".join(f"{count} of {kind}" for kind, count in most.items()),
     ]
     return "\n".join(lines)
 
@@ -202,7 +238,8 @@ def summary(rows: list[dict]) -> str:
 @click.option("--kills", default=100, show_default=True, help="Of single steps.")
 @click.option("--runs", default=2, show_default=True, help="Whole runs that are killed.")
 @click.option("--kills-a-run", default=6, show_default=True)
-def main(folder: Path, kills: int, runs: int, kills_a_run: int) -> None:
+@click.option("--soak", default=0.0, show_default=True, help="Minutes of whole runs that are killed, after these.")
+def main(folder: Path, kills: int, runs: int, kills_a_run: int, soak: float) -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "kills.jsonl"
@@ -210,16 +247,22 @@ def main(folder: Path, kills: int, runs: int, kills_a_run: int) -> None:
     rows = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
     done = {(row["kind"], row["index"]) for row in rows}
     todo = [("step", i) for i in range(kills)] + [("run", i) for i in range(runs)]
-    for kind, index in todo:
-        if (kind, index) in done:
-            continue
-        row = killed_step(folder, index, seconds) if kind == "step" else killed_run(folder, index, kills_a_run)
+
+    def keep(row: dict) -> None:
         with state.open("a") as file:
             file.write(json.dumps(row) + "\n")
         rows.append(row)
         click.echo(json.dumps(row))
+
+    for kind, index in todo:
+        if (kind, index) not in done:
+            keep(killed_step(folder, index, seconds) if kind == "step" else killed_run(folder, index, kills_a_run))
+    until, index = time.monotonic() + 60 * soak, max((row["index"] for row in rows if row["kind"] == "run"), default=-1)
+    while time.monotonic() < until:
+        index += 1
+        keep(killed_run(folder, index, kills_a_run, until))
     click.echo(summary(rows))
-    sys.exit(any(row["differs"] or row["strays"] for row in rows))
+    sys.exit(any(row["differs"] or row["strays"] or row.get("wrong") or row.get("processes") for row in rows))
 
 
 if __name__ == "__main__":

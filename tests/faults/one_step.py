@@ -13,7 +13,7 @@ os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
 import in_process  # noqa: F401  (registers papermill's engine)
 import papermill
 
-from sdlab import generation, search, training
+from sdlab import evaluation, generation, latents, search, training
 from sdlab.run import STEPS
 from sdlab.settings import PROJECT_ROOT, Settings
 
@@ -33,7 +33,14 @@ def logged(module, name, line):
 
 
 logged(generation, "generate_images", lambda _, plan, indices, *__: f"shard {plan.key()} {indices[0]}")
-logged(training, "noise_loss", lambda *_: "step")
+if step.number in ("01", "03"):  # 00 times a few, for its plan
+    logged(training, "noise_loss", lambda *_: "step")
+logged(latents, "encode_part", lambda images, places, *_: f"latents {places.start}")
+logged(
+    evaluation,
+    "train_classifier",
+    lambda train, val, n, recipe, seed, *_: f"classifier {train.fingerprint()} {recipe} {seed}",
+)
 logged(search, "run_trial", lambda run, base, data, study, trial, *_: f"trial {study.study_name} {trial.number}")
 
 papermill.execute_notebook(

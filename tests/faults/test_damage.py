@@ -12,11 +12,11 @@ import yaml
 from conftest import BIN, SMOKE, command
 
 from sdlab.files import inside, sha256_of_file, write_sealed
-from sdlab.settings import Settings
+from sdlab.run import read_record
+from sdlab.settings import BadInput, Settings
 from sdlab.verify import verify
 
 FILES = int(os.environ.get("SDLAB_DAMAGED_FILES", 60))  # `make faults` damages more
-UNCHECKED = {".lock"}  # holds nothing once a run has ended
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def run(finished, tmp_path):
 
 def files_of(folder):
     names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-    return [name for name in names if name not in UNCHECKED]
+    return [name for name in names if ".lock" not in name]  # which hold nothing
 
 
 def damage(path, other, how, rng):
@@ -96,14 +96,17 @@ def test_a_database_whose_trials_were_altered_is_named(run):
 def test_foreign_files_and_hostile_names_are_named(run):
     settings, _ = run
     (settings.run_folder / "metrics" / "x99.json").write_text("{}")
+    (finding,) = verify(settings)[0]
+    assert (finding.path, finding.state) == ("metrics/x99.json", "foreign")
     record = settings.run_folder / "records" / "07.json"
     content = json.loads(record.read_text())
     content.pop("sha256")
     content["outputs"]["../../../etc/passwd"] = dict(sha256="0" * 64, bytes=1)
     write_sealed(record, content)
     found = {finding.path: finding for finding in verify(settings)[0]}
-    assert found["metrics/x99.json"].state == "foreign" and "outside the folder" in found["records/07.json"].why
-    assert set(found) == {"metrics/x99.json", "records/07.json"}
+    assert found["records/07.json"].state == "damaged"
+    with pytest.raises(BadInput, match=r"names '../../../etc/passwd', which is outside the folder: move it away"):
+        read_record(settings, "07")
 
 
 @pytest.mark.parametrize(
