@@ -25,6 +25,14 @@ from sdlab.shards import read_manifest, shard_path
 # What a run leaves that is hashed nowhere: of no use to any later step, or checked otherwise.
 FREE = {"progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
 
+SETS_OF = {
+    "01": "after_1",
+    "02": "after_2",
+    "03": "after_3",
+    "04": "after_4",
+    "05": "scaling",
+}  # results that name a set
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -57,6 +65,7 @@ class Verification:
 
     def findings(self) -> tuple[list[Finding], int]:
         records = self.known = self.records()
+        self.unfinished = len(records) < len(STEPS) or any(not record["finished"] for record in records.values())
         self.last = max(records, key=lambda number: records[number]["opened_at"], default="")
         for number, record in records.items():
             self.step(number, record)
@@ -71,7 +80,7 @@ class Verification:
         for number, search in (("02", "search_1"), ("04", "search_2")):
             if number in records and records[number]["finished"] and not self.settings.storage:
                 self.search(search)
-        self.strangers(records)
+        self.strangers()
         return sorted(self.found, key=lambda f: (f.state, f.path)), len(self.seen)
 
     # ---------------------------------------------------------------------------------------------- helpers
@@ -211,14 +220,11 @@ class Verification:
             if manifest["key"] != made.name:
                 raise BadInput("of another set")
         except BadInput:
-            if made.is_dir():
-                state = "damaged" if (made / "manifest.json").exists() else "missing"
-                self.add(
-                    name,
-                    state,
-                    "its set's shards cannot be told without it",
-                    f"move {relative}/ away; its step makes it anew (`sdlab run {self.settings.experiment} --redo NN`)",
-                )
+            there = (made / "manifest.json").exists()
+            killed_at_first = self.unfinished and not there and len(list(made.glob("shard_*"))) < 2
+            if made.is_dir() and not killed_at_first:
+                why = "its set's shards cannot be told without it"
+                self.add(name, "damaged" if there else "missing", why, self.way_out(made))
                 for path in made.iterdir():
                     self.seen.setdefault(path.relative_to(self.folder).as_posix(), False)
             return
@@ -239,6 +245,14 @@ class Verification:
             self.seen[path.relative_to(self.folder).as_posix()] = True
             if sha256_of_file(path) != noted["sha256"]:
                 self.add(path, "damaged", "its content is not what was written", repair)
+
+    def way_out(self, made: Path) -> str:
+        """Of a set without its manifest: make the step anew whose results stand on it, if one reads it still."""
+        for number, results in SETS_OF.items():
+            with contextlib.suppress(BadInput, OSError):
+                if made.name in json.dumps(read_json(self.folder / "metrics" / f"{results}.json")):
+                    return self.redo(number)
+        return f"move synthetic/{made.name}/ away: it was a trial's, and nothing reads it any more"
 
     # -------------------------------------------------------------------------------------------------- searches
 
@@ -274,9 +288,8 @@ class Verification:
 
     # ------------------------------------------------------------------------------------------------- strangers
 
-    def strangers(self, records: dict) -> None:
+    def strangers(self) -> None:
         """Files that nothing named. Of a step that is not finished there may be any of its own."""
-        unfinished = len(records) < len(STEPS) or any(not record["finished"] for record in records.values())
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if not path.is_file() or name in self.seen or name in FREE or name.startswith("aside/"):
@@ -285,7 +298,7 @@ class Verification:
                 continue  # empty: what counts is who holds them
             if any(part.startswith(".") and part.endswith(".part") for part in path.parts):
                 continue  # of a write that was killed; the next run takes it away
-            if unfinished and not name.endswith(".ipynb"):
+            if self.unfinished and not name.endswith(".ipynb"):
                 continue
             self.add(name, "foreign", "no step wrote it", "move it away")
 

@@ -163,17 +163,15 @@ def scratch_folder(settings: Settings) -> Path:
 
 @contextlib.contextmanager
 def scratch(settings: Settings) -> Iterator[Path]:
-    """An empty folder for an executed notebook, and for what Jupyter keeps of its kernel; gone at the end."""
+    """An empty folder for an executed notebook, and for what Jupyter notes of its kernel; gone at the end."""
     folder = scratch_folder(settings)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
-    before, os.environ["JUPYTER_RUNTIME_DIR"] = os.environ.get("JUPYTER_RUNTIME_DIR"), str(folder)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)  # where Jupyter puts it
     try:
         yield folder
     finally:
-        os.environ.pop("JUPYTER_RUNTIME_DIR")
-        if before is not None:
-            os.environ["JUPYTER_RUNTIME_DIR"] = before
+        tempfile.tempdir = before
         shutil.rmtree(folder, ignore_errors=True)
 
 
