@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= digits
+FAULTS ?= .faults
 
 .PHONY: demo test faults full-size benchmarks lab dashboard lint setup
 
@@ -12,8 +13,10 @@ demo: setup  ## The whole pipeline on the embedded data set and base model
 test: setup $(VENV)/reference/.done  ## Unit and property tests, and every notebook at smoke depth
 	$(BIN)/python -m pytest
 
-faults: setup $(VENV)/reference/.done  ## Damage of every kind, many times over: minutes
-	SDLAB_DAMAGED_FILES=240 $(BIN)/python -m pytest tests/faults
+faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish, many times over: hours; given again, it goes on
+	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=60000 $(BIN)/python -m pytest tests/faults
+	$(BIN)/python tests/faults/refusals.py --folder $(FAULTS)
+	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 100 --runs 3 --soak 30
 
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py

@@ -443,8 +443,6 @@ class Run:
             self.lock.release()
             return False
         before = read_record(self.settings, self.step.number)
-        with written_beside(self.folder / "settings.yaml") as beside:
-            beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         self.record = dict(
             step=self.step.stem,
             settings=self.settings.of_step(self.step.number),
@@ -459,6 +457,10 @@ class Run:
             versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
         write_sealed(record_path(self.settings, self.step.number), self.record)
+        with written_beside(
+            self.folder / "settings.yaml"
+        ) as beside:  # after the record, which says that it is this step's
+            beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         return True
 
     def lost_seconds(self, before: dict) -> float:

@@ -112,6 +112,8 @@ def open_study(settings: Settings, search: str) -> optuna.Study:
             load_if_exists=True,
         )
     except sqlalchemy.exc.SQLAlchemyError as error:
+        if refusal(error):
+            raise  # `storing` says it
         raise BadInput(
             f"The study cannot be kept in the `storage` of {settings.experiment} ({str(error).splitlines()[0]})."
         ) from None

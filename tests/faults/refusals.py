@@ -1,0 +1,205 @@
+"""Disks that refuse: each kind of write of every step with ENOSPC and EIO in turn, full file systems, read-only ones.
+
+    python tests/faults/refusals.py --folder FOLDER [--writes 0] [--full 24] [--gone-on-with 5]
+
+After each, what was finished has to be intact, nothing half-written left, `verify` content, and the sentence one that says
+what could not be written, why and what to do; of every `--gone-on-with`th the step is run again and compared byte for byte.
+`--writes 0`: one of each kind. Full and read-only disks are small tmpfs mounts, which need root (or unshare): without it
+they are left out, and the last lines, which docs/reliability.md shows, say so. Exit code 1 if anything was wrong.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from attempts import NUMBERS, attempt, before, content, differing, make_stages
+
+from sdlab.settings import Settings
+from sdlab.verify import verify
+
+READ_ONLY = ("00", "02", "03", "05", "07")  # the steps that are tried there
+# What a step that is refused may still have changed: it says that it began, and searches keep their trials.
+GROWING = ("settings.yaml", ".lock", "test_readings.jsonl", "searches.db", "progress.json", "artifacts/", "pictures/")
+SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished before is intact, and the same command goes .+\.)|"
+                      r"(.+ takes .+ GB, and the disk of .+ has .+ GB free: free some space; what was finished before is intact.+)")  # fmt: skip
+
+
+def kind(asked: str) -> str:
+    """A write without what is its own: numbers, hashes, processes."""
+    asked = re.sub(r"\.[^/]*\.\d+@[^/]*\.part", "PART", asked)
+    asked = re.sub(r"artifacts/.*", "artifacts/", asked)
+    return re.sub(r"[0-9a-f]{16}|\d+", "#", asked)
+
+
+def chosen_writes(stages: dict[str, dict], writes: int) -> list[tuple[str, int]]:
+    """(step, place): one of each kind, seeded, or `writes` of these."""
+    rng, chosen = random.Random(0), []
+    for step in NUMBERS:
+        places = {}
+        for place, asked in enumerate(stages[step]["asked"], 1):
+            places.setdefault(kind(asked), []).append(place)
+        chosen += [(step, rng.choice(found)) for found in places.values()]
+    return sorted(rng.sample(chosen, writes)) if writes else chosen
+
+
+def what_is_wrong(folder: Path, file: Path, step: str, ended: dict, number: int, again: bool) -> list[str]:
+    """Of a step that was refused: in words; empty if all is as promised."""
+    settings = Settings.from_file(file)
+    run, wrong = settings.run_folder, []
+    said = SENTENCE.fullmatch(ended["said"])
+    if ended["crash"] or not said or (said[2] and said[2] != os.strerror(number)):
+        wrong.append(ended["crash"][-600:] or f"said: {ended['said']}")
+    index = NUMBERS.index(step)
+    if index:
+        stage = folder / f"after_{NUMBERS[index - 1]}" / "smoke"
+        for path in (p for p in stage.rglob("*") if p.is_file()):
+            name = path.relative_to(stage).as_posix()
+            if not name.startswith(GROWING) and (
+                not (run / name).exists() or (run / name).read_bytes() != path.read_bytes()
+            ):
+                wrong.append(f"{name} is not what it was")
+    wrong += [f"left: {path.name}" for path in run.rglob("*.part")]
+    if run.is_dir():
+        wrong += [f"verify: {finding.path} {finding.state}" for finding in verify(settings)[0]]
+    if again:
+        ended = attempt(file, step)
+        wrong += [text for text in (ended["said"], ended["crash"]) if text]
+        wrong += [f"{name} differs" for name in differing(content(run), content(folder / f"after_{step}" / "smoke"))]
+    return wrong
+
+
+def refused_write(folder: Path, index: int, step: str, place: int, again: bool) -> list[str]:
+    number = (errno.ENOSPC, errno.EIO)[index % 2]
+    file = before(folder, step, folder / "refused")
+    ended = attempt(file, step, at=place, number=number)
+    return what_is_wrong(folder, file, step, ended, number, again)
+
+
+@contextlib.contextmanager
+def disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own in memory."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=True, capture_output=True
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def full_disk(folder: Path, index: int, stages: dict[str, dict]) -> tuple[str, list[str], str]:
+    """A step whose disk is full at a seeded point of what it writes; then there is room again, and it is gone on with."""
+    rng = random.Random(f"full {index}")
+    step = NUMBERS[1 + index % (len(NUMBERS) - 1)]
+    grown = [sum(p.stat().st_size for p in (folder / f"after_{n}").rglob("*") if p.is_file()) for n in NUMBERS]
+    here = NUMBERS.index(step)
+    writes = grown[here] - grown[here - 1]
+    with disk(folder / "disk", 400) as place:
+        file, filler = before(folder, step, place), place / "filler"
+        if index % 2:  # something else fills it while the step is at work
+            filling = os.fork()
+            if filling == 0:
+                time.sleep(rng.uniform(0.1, 1) * stages[step]["seconds"])
+                fill(filler, 0)
+                os._exit(0)
+            ended = attempt(file, step)
+            os.kill(filling, signal.SIGKILL)
+            os.waitpid(filling, 0)
+        else:
+            fill(filler, int(rng.uniform(0, 1) * writes))
+            ended = attempt(file, step)
+        filler.unlink(missing_ok=True)
+        if not ended["said"] and not ended["crash"]:
+            return step, [], "it found room"
+        return step, what_is_wrong(folder, file, step, ended, errno.ENOSPC, True), ended["said"]
+
+
+def fill(filler: Path, free: int) -> None:
+    """Leave `free` bytes of a disk."""
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as full:
+        while (left := shutil.disk_usage(filler.parent).free - free) > 0:
+            full.write(b"\0" * min(left, 2**20))
+
+
+def read_only_disk(folder: Path, step: str) -> list[str]:
+    """A step, and the commands that only look, where nothing can be written."""
+    sdlab = Path(sys.executable).with_name("sdlab")
+    with disk(folder / "disk", 400) as place:
+        file = before(folder, step, place)
+        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        ended = attempt(file, step)
+        wrong = what_is_wrong(folder, file, step, ended, errno.EROFS, False)
+        nothing_yet = step == NUMBERS[0]
+        for command, code in (("run", 1), ("status", 0), ("verify", int(nothing_yet))):
+            done = subprocess.run([sdlab, command, file], capture_output=True, text=True)
+            if done.returncode != code or "Traceback" in done.stderr or len(done.stderr.splitlines()) != code:
+                wrong.append(f"sdlab {command}: {done.returncode}, {done.stdout[-300:]}{done.stderr[-600:]}")
+        subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+        ended = attempt(file, step)
+        wrong += [text for text in (ended["said"], ended["crash"]) if text]
+        wrong += differing(content(place / "runs/smoke"), content(folder / f"after_{step}" / "smoke"))
+    return wrong
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        with disk(folder / "disk", 1):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), required=True)
+@click.option("--writes", default=0, show_default=True, help="How many writes are refused; 0: one of each kind.")
+@click.option("--full", default=24, show_default=True, help="Steps whose disk fills up.")
+@click.option(
+    "--gone-on-with", default=5, show_default=True, help="Every how many refused writes the step is run again."
+)
+def main(folder: Path, writes: int, full: int, gone_on_with: int) -> None:
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    stages, bad = make_stages(folder), 0
+
+    def tell(what: str, wrong: list[str]) -> None:
+        nonlocal bad
+        bad += bool(wrong)
+        click.echo(f"{what}: {'; '.join(wrong) or 'as promised'}")
+
+    chosen = chosen_writes(stages, writes)
+    for index, (step, place) in enumerate(chosen):
+        again = index % gone_on_with == 0
+        tell(f"{step}, {stages[step]['asked'][place - 1]}", refused_write(folder, index, step, place, again))
+    mounted, reached = can_mount(folder) and full, 0
+    if mounted:
+        for index in range(full):
+            step, wrong, said = full_disk(folder, index, stages)
+            reached += said != "it found room"
+            tell(f"{step}, a full disk ({said[:90]})", wrong)
+        for step in READ_ONLY:
+            tell(f"{step}, a read-only disk", read_only_disk(folder, step))
+    click.echo(
+        f"writes refused: {len(chosen)} ({len({kind(a) for s in NUMBERS for a in stages[s]['asked']})} kinds in all); full disks: "
+        + (
+            f"{reached} of {full}; read-only ones: {len(READ_ONLY)}"
+            if mounted
+            else "left out, nothing can be mounted here"
+        )
+        + f"; not as promised: {bad}"
+    )
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
