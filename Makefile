@@ -14,7 +14,7 @@ test: setup $(VENV)/reference/.done  ## Unit and property tests, and every noteb
 	$(BIN)/python -m pytest
 
 faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish, many times over: hours; given again, it goes on
-	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=60000 $(BIN)/python -m pytest tests/faults
+	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=2500 $(BIN)/python -m pytest tests/faults
 	$(BIN)/python tests/faults/refusals.py --folder $(FAULTS)
 	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 100 --runs 3 --soak 30
 

@@ -78,9 +78,13 @@ class BaseModel:
         unet = load_part(self.folder, "unet", self.variants["unet"], dtype, self.source)
         return unet.to(self.device).requires_grad_(False).eval()
 
-    def loaded(self) -> "BaseModel":
-        """With VAE and UNet loaded now: what cannot be loaded is refused before a step is opened. Raises `BadInput`."""
+    def loaded(self, scheduler: str) -> "BaseModel":
+        """With VAE and UNet loaded now, and the scheduler rehearsed: what cannot be is refused before a step is opened.
+
+        Raises `BadInput`.
+        """
         _ = self.vae, self.unet
+        make_scheduler(scheduler, self.scheduler_config)
         return self
 
     def to_train(self) -> "BaseModel":
@@ -469,7 +473,8 @@ def check_numbers(what: str, config: dict, name: str, most: int, longest: int) -
     """Raises `BadInput` where a config names something else than a whole number up to `most`, or a list of `longest` of them."""
     found = numbers(config.get(name, 1))
     right = all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n in found)
-    if not right or not 1 <= len(found) <= longest**2:
+    listed = isinstance(config.get(name), list)
+    if not right or (listed and (longest == 1 or not 1 <= len(found) <= longest)):
         several = f", or a list of {longest} at most" if longest > 1 else ""
         raise BadInput(
             f"the {name} of its {what} is {brief(config[name])}: allowed is a whole number from 1 to {most}{several}."
@@ -478,11 +483,9 @@ def check_numbers(what: str, config: dict, name: str, most: int, longest: int) -
 
 def numbers(value: object) -> list:
     """A number, or a list of numbers or of such lists, as one list."""
-    return (
-        [n for inner in value for n in (inner if isinstance(inner, list) else [inner])]
-        if isinstance(value, list)
-        else [value]
-    )
+    if not isinstance(value, list):
+        return [value]
+    return [n for inner in value for n in (inner if isinstance(inner, list) else [inner])]
 
 
 def check_scheduler_name(name: str) -> None:

@@ -203,16 +203,23 @@ def read_sealed(path: Path, how_to_make: str = "") -> dict:
 def checked_form(value: Any, form: dict[str, Any], path: Path) -> dict:
     """`value`, if it is a dict with the keys of `form`, each of its kind. Raises `BadInput` that names `path`."""
     wrong = ["its braces"] if not isinstance(value, dict) else []
-    wrong += [name for name, kind in form.items() if not wrong and not isinstance(value.get(name), kind)]
+    wrong += [
+        name for name, kind in form.items() if not wrong and not (name in value and isinstance(value[name], kind))
+    ]
     if wrong:
         raise BadInput(f"{path} is damaged ({wrong[0]} is not what was written): move it away and run its step again.")
     return value
 
 
 def inside(name: str) -> bool:
-    """Whether a name that a file gives stays inside the folder it speaks of."""
+    """Whether a name that a file gives is one that a file can have, inside the folder it speaks of."""
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    try:
+        lengths = [len(os.fsencode(part)) for part in path.parts]
+    except UnicodeEncodeError:
+        return False
+    possible = lengths and max(lengths) <= 255 and sum(lengths) < 2000 and "\0" not in name
+    return bool(possible) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def checkpoint_hashes(folder: Path) -> dict[str, str]:

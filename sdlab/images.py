@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -218,6 +219,10 @@ def read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
             raise ValueError(f"{member.filename} is longer than its header says")
+    if array.dtype.kind == "U" and array.size:  # numbers beyond all characters are an error of Python's own inside
+        codes = np.ascontiguousarray(array).view(array.dtype.byteorder + "u4") if array.dtype.itemsize else np.zeros(1)
+        if codes.max() > sys.maxunicode:
+            raise ValueError(f"{member.filename} holds texts that are none")
     return array
 
 

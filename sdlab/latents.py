@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel, fitting
 from sdlab.files import sha256_of_json, written_beside
+from sdlab.images import read_arrays
 from sdlab.pixels import to_model
 from sdlab.settings import BadInput
 
@@ -111,8 +112,5 @@ def read_moments(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
     """What `write_moments` wrote; None if there is nothing, or it was made from something else. Raises `BadInput`."""
     if not path.exists():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return (kept["mean"], kept["std"]) if str(kept["made_from"]) == key else None
-    except Exception:  # whatever a damaged file makes zip, zlib or numpy raise
-        raise BadInput(f"{path} is damaged: move it away and run its step again, which makes it anew.") from None
+    kept = read_arrays(path, ["mean", "std", "made_from"], "move it away and run its step again, which makes it anew")
+    return (kept["mean"], kept["std"]) if str(kept["made_from"]) == key else None

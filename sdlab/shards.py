@@ -23,6 +23,8 @@ def read_manifest(folder: Path) -> dict:
     if manifest["made_from"]:
         made_from = checked_form(manifest["made_from"], dict(point=dict, checkpoints=dict, labels=str), path)
         checked_form(made_from["point"], dict(class_encoder_epoch=int, unet_epoch=int), path)
+        if not made_from["checkpoints"].keys() <= {"class_encoder", "unet"}:
+            raise BadInput(f"{path} is damaged (its checkpoints are of no part): move it away and run its step again.")
     for index, noted in manifest["shards"].items():
         checked_form(noted, dict(sha256=str, seconds=float | int), path)
         if not index.isdecimal() or manifest["plan"]["shard_size"] < 1:

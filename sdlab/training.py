@@ -400,14 +400,14 @@ def load_resume_state(
             raise ValueError("its content is not what was written")
         losses = list(more.get("losses", torch.empty(0)).to(next(model.parameters()).device))
         at = Position(kept["epochs"], kept["steps"], more.get("generator"), losses, kept["seconds"])
+        if kept["scaler"]:
+            scaler.load_state_dict(kept["scaler"])
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(
             f"{path} is damaged ({first_line(error)}): move its folder away and run its step again."
         ) from None
-    if kept["scaler"]:
-        scaler.load_state_dict(kept["scaler"])
     return at
 
 

@@ -269,20 +269,15 @@ class Verification:
         self.seen.setdefault("searches.db", True)
         kept = read_json(export)
         try:
-            stored = list(stored_trials(path, kept["study"]))
-        except sqlite3.DatabaseError as error:
+            study, exported = kept["study"], [exported_trial(trial) for trial in kept["trials"]]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self.add(export, "damaged", "it is no search's", self.again(f"metrics/{search}.json"))
+            return
+        try:
+            stored = list(stored_trials(path, str(study)))
+        except (sqlite3.Error, KeyError, TypeError, ValueError, AttributeError) as error:
             self.add(path, "damaged", f"SQLite cannot read it ({error})", repair)
             return
-        exported = [
-            (
-                t["number"],
-                t["state"],
-                t["params"],
-                {int(k): v for k, v in t["intermediate"].items()},
-                t["value"],
-            )
-            for t in kept["trials"]
-        ]
         if stored != exported:
             self.add(path, "damaged", f"its trials of {search} are not those of metrics/{search}.json", repair)
 
@@ -326,8 +321,17 @@ def whole_resume_state(path: Path) -> bool:
     return found.hexdigest() == sha256
 
 
+def exported_trial(trial: dict) -> tuple[int, str, dict, dict, float | None]:
+    """As `stored_trials` gives it. Raises `KeyError`, `TypeError`, ... for what is no trial."""
+    rungs = {int(images): value for images, value in trial["intermediate"].items()}
+    return trial["number"], trial["state"], trial["params"], rungs, trial["value"]
+
+
 def stored_trials(path: Path, study: str) -> Iterator[tuple[int, str, dict, dict, float | None]]:
-    """Number, state, parameters, readings at the rungs and value of a study's trials. Raises `sqlite3.DatabaseError`."""
+    """Number, state, parameters, readings at the rungs and value of a study's trials.
+
+    Raises `sqlite3.Error`, or `KeyError`, `TypeError`, ... where the tables hold something else.
+    """
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         if (said := database.execute("pragma integrity_check").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(said)

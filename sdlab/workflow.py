@@ -29,6 +29,7 @@ from sdlab.run import (
     Run,
     Step,
     check_step,
+    check_storage,
     move_aside,
     note_notebook,
     read_record,
@@ -36,7 +37,7 @@ from sdlab.run import (
     record_path,
     step_state,
 )
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings, parameter_file, read_parameters
+from sdlab.settings import PROJECT_ROOT, BadInput, Settings, from_yaml, parameter_file, read_parameters
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 
@@ -98,7 +99,7 @@ def with_settings(command):
 def parsed(name: str, value: str):
     """A value of -p, as a parameter file would read it. Raises `BadInput`."""
     try:
-        return yaml.safe_load(value)
+        return from_yaml(value)
     except yaml.YAMLError:
         raise BadInput(f"The value of -p {name} is {value!r}, which YAML cannot read: put it in quotes.") from None
 
@@ -447,7 +448,9 @@ def settings_of(path: str) -> Settings:
     if not folder.is_dir():
         return Settings.from_file(parameter_file(path))
     if not (folder / "settings.yaml").is_file():
-        raise BadInput(f"{path} is no experiment's folder: it has no settings.yaml.")
+        raise BadInput(
+            f"{path} is no experiment's folder: it has no settings.yaml: give one of those in runs/, or an experiment's name."
+        )
     given = read_parameters(folder / "settings.yaml")
     return Settings.from_mapping(given | dict(runs_root=str(folder.resolve().parent), experiment=folder.resolve().name))
 
@@ -549,6 +552,7 @@ def dashboard(settings: Settings, port: int) -> None:
         raise BadInput(
             f"{settings.experiment} has no search yet: run 02_first_search first (`sdlab run {settings.experiment}`)."
         )
+    check_storage(settings)
     command = [str(Path(sys.executable).with_name("optuna-dashboard")), settings.storage_url, "--host", "127.0.0.1"]
     artifacts = settings.run_folder / "artifacts"
     if artifacts.is_dir():
@@ -575,7 +579,8 @@ def list_settings(name: str | None) -> None:
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     if name and name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
-        raise BadInput(f"`{name}` is not a setting{f': did you mean `{near[0]}`?' if near else '.'}")
+        hint = f"did you mean `{near[0]}`?" if near else "`sdlab settings` lists them all."
+        raise BadInput(f"`{name}` is not a setting: {hint}")
     for f in [fields[name]] if name else fields.values():
         default = "(required)" if f.default is dataclasses.MISSING else repr(f.default)
         click.echo(f"{f.name:<30} {default:<46} {f.metadata['text']}")

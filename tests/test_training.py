@@ -365,7 +365,7 @@ def test_latents_that_were_cut_go_on_after_their_last_part(base, data, tmp_path,
     assert path.read_bytes() == (tmp_path / "whole" / "train.npz").read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["train.npz"]
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadInput, match=r"train\.npz is damaged: move it away"):
+    with pytest.raises(BadInput, match=r"train\.npz cannot be read as npz .*: move it away and run its step again"):
         encode_images(images, len(source), base, 16, path, "made from this")
 
 

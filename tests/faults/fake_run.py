@@ -1,0 +1,127 @@
+"""A finished run of a few kilobytes, in the form that the notebooks leave: for tests that alter its files by the thousand."""
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from sdlab.files import checkpoint_sha, sha256_of_file, write_json, write_sealed
+from sdlab.run import STEPS, digest, note_notebook, read_record, record_path
+from sdlab.settings import Settings
+from sdlab.shards import shard_path
+
+CLASSES, KEY = ("left", "right"), "0123456789abcdef"
+POINT = dict(class_encoder_epoch=1, unet_epoch=1, num_inference_steps=3, guidance_scale=1.5)
+OF_STEP = {
+    "00": ("metrics/data.json",),
+    "01": ("class_encoder",),
+    "02": ("metrics/search_1.json",),
+    "03": ("unet",),
+    "04": (),
+    "05": ("metrics/real.json", "metrics/x01.json", "metrics/scaling.json"),
+    "06": ("metrics/importance.json",),
+    "07": ("metrics/tables.json",),
+}
+
+
+def write_run(settings: Settings) -> Path:
+    """Every kind of file that `verify` reads, none of it learned. The experiment's folder."""
+    folder = settings.run_folder
+    folder.mkdir(parents=True)
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
+    for part in ("class_encoder", "unet"):
+        write_checkpoint(folder / part)
+    write_set(folder)
+    write_metrics(folder)
+    write_searches(folder)
+    for number, step in STEPS.items():
+        outputs = [path for name in OF_STEP[number] for path in files_below(folder / name) if path.stem != "resume"]
+        record = dict(
+            step=step.stem,
+            settings=settings.of_step(number),
+            upstream={n: digest(read_record(settings, n)) for n in step.upstream},
+            inputs={},
+            outputs={path.relative_to(folder).as_posix(): noted(path) for path in outputs},
+            beside={"settings.yaml": noted(folder / "settings.yaml")} if number == "07" else {},
+            begun="2026-01-01T00:00:00+00:00",
+            opened="2026-01-01T00:00:00+00:00 by process 1",
+            finished="2026-01-01T00:00:01+00:00",
+            seconds=1.0,
+            opened_at=1e9 + int(number),
+            versions={},
+        )
+        write_sealed(record_path(settings, number), record)
+    notebook = folder / "notebooks" / "07_paper_tables.ipynb"
+    notebook.parent.mkdir()
+    notebook.write_text("{}")
+    note_notebook(settings, STEPS["07"], notebook)
+    return folder
+
+
+def files_below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def noted(path: Path) -> dict:
+    return dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
+
+
+def write_checkpoint(part: Path) -> None:
+    """One epoch, and the state that a training goes on from."""
+    epoch = part / "epoch_01"
+    epoch.mkdir(parents=True)
+    save_file({"table": np.arange(6, dtype=np.float32)}, epoch / "diffusion_pytorch_model.safetensors")
+    write_json(epoch / "config.json", dict(_class_name="ClassTable"))
+    write_json(epoch / "manifest.json", {p.name: sha256_of_file(p) for p in files_below(epoch)})
+    tensors = {"moment": np.ones((2, 3), np.float32), "weight": np.zeros(5, np.float32)}
+    kept = dict(lineage="0" * 64, epochs=1, steps=0)
+    found = hashlib.sha256(json.dumps(kept).encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].tobytes())
+    save_file(tensors, part / "resume.safetensors", {"sdlab": json.dumps(kept | dict(sha256=found.hexdigest()))})
+
+
+def write_set(folder: Path, shards: int = 2, size: int = 4) -> None:
+    made, rng = folder / "synthetic" / KEY, np.random.default_rng(0)
+    made.mkdir(parents=True)
+    for index in range(shards):
+        images = rng.integers(0, 256, (size, 3, 8, 8)).astype(np.uint8)
+        save_file({"images": images, "labels": np.arange(size, dtype=np.int64) % 2}, shard_path(made, index))
+    checkpoints = {part: checkpoint_sha(folder / part, 1) for part in ("class_encoder", "unet")}
+    noted_shards = {str(i): dict(sha256=sha256_of_file(shard_path(made, i)), seconds=0.1) for i in range(shards)}
+    plan = dict(shard_size=size, seed=0, image_size=8, labels=[0, 1], num_inference_steps=3)
+    made_from = dict(point=POINT, checkpoints=checkpoints, labels="0" * 64)
+    write_sealed(made / "manifest.json", dict(key=KEY, plan=plan, made_from=made_from, shards=noted_shards))
+
+
+def write_metrics(folder: Path) -> None:
+    test = dict(mean=0.5, std=0.1, n=2)
+    pool = dict(images=8, classes=list(CLASSES), synthetic=KEY, point=POINT)
+    trial = dict(number=0, state="complete", params={"steps": 3}, intermediate={"20": 0.4}, value=0.5)
+    for name, value in dict(
+        data=dict(name="bars"), importance={}, tables={}, real=dict(images=8, test=test), x01=dict(images=4, test=test),
+        scaling=dict(pool=pool, chosen="x1", protocol="sealed"), search_1=dict(study="smoke-search_1", trials=[trial]),
+    ).items():  # fmt: skip
+        write_json(folder / "metrics" / f"{name}.json", value)
+
+
+def write_searches(folder: Path) -> None:
+    """Of Optuna's tables what `verify` looks at."""
+    with contextlib.closing(sqlite3.connect(folder / "searches.db")) as database:
+        database.executescript("""
+            create table studies (study_id, study_name);
+            create table trials (trial_id, study_id, number, state);
+            create table trial_params (trial_id, param_name, param_value, distribution_json);
+            create table trial_intermediate_values (trial_id, step, intermediate_value);
+            create table trial_values (trial_id, value);
+            insert into studies values (1, 'smoke-search_1');
+            insert into trials values (1, 1, 0, 'COMPLETE');
+            insert into trial_params values (1, 'steps', 3.0, '{"name": "IntDistribution"}');
+            insert into trial_intermediate_values values (1, 20, 0.4);
+            insert into trial_values values (1, 0.5);
+        """)
