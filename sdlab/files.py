@@ -84,18 +84,20 @@ def check_room(path: Path, wanted: float, what: str) -> None:
 
 @contextlib.contextmanager
 def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; renamed into place when the block ends well, else removed.
+    """A name to write a file or folder under; renamed to `path` when the block ends well, else removed.
 
-    `lasting`: its bytes are on the disk before it has its name, so that not even a power cut leaves a half file.
-    Its name says whose it is, so that two processes may write the same at once. Raises `BadInput` for a disk that is full,
-    read-only or broken.
+    It lies in a folder of its own beside `path`, named after this process: two may write the same at once, and what a library
+    leaves there of itself when it is killed is found. `lasting`: its bytes are on the disk before it has its name, so that
+    not even a power cut leaves a half file. Raises `BadInput` for a disk that is full, read-only or broken.
     """
-    beside = path.with_name(f".{path.name[:100]}.{os.getpid()}@{socket.gethostname()}.part")
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}@{socket.gethostname()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_over(path.parent.glob(f".{glob.escape(path.name[:100])}.*.part"))
-        WRITTEN.add(beside)
+        WRITTEN.add(part)
         try:
+            part.mkdir(exist_ok=True)
+            beside = part / path.name
             yield beside
             if lasting:
                 for written in [beside, *(beside.rglob("*") if beside.is_dir() else ())]:
@@ -103,13 +105,9 @@ def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
             os.replace(beside, path)
             if lasting:
                 flush(path.parent)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
         finally:
-            WRITTEN.discard(beside)
+            shutil.rmtree(part, ignore_errors=True)
+            WRITTEN.discard(part)
 
 
 PART = re.compile(r"\..*\.(\d+)@(.+)\.part")

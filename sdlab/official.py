@@ -8,8 +8,11 @@ import hashlib
 import http.client
 import importlib.util
 import os
+import sys
 import tarfile
 import tempfile
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from sdlab.run import Progress
 from sdlab.settings import BadInput
 
 TIMEOUT = 30  # seconds without a byte until a download is given up
+PAUSES = (1.0, 10.0)  # seconds until it is started again
 
 
 def md5_of(path: Path) -> str:
@@ -32,24 +36,22 @@ def md5_of(path: Path) -> str:
 def fetch(url: str, path: Path, md5: str, what: str) -> None:
     """Download to `path`, unless a file is there. Raises `BadInput` if it cannot be had, or is not the official one.
 
-    It is written beside and renamed when its MD5 is right: a cut download leaves nothing that is read.
+    It is written beside and renamed when its MD5 is right: a cut download leaves nothing that is read, and is started
+    again, `len(PAUSES)` times.
     """
-    if not path.exists():
+    for pause in (*PAUSES, None):
+        if path.exists():
+            break
         try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-                check_folder(path.parent)
-                with written_beside(path) as beside:
-                    size = save(answer, beside, path.name)
-                    if (found := md5_of(beside)) != md5:
-                        raise BadInput(
-                            f"What {url} sent as {path.name} for {what} has MD5 {found} ({size:,} bytes) instead of {md5}: it was "
-                            "cut short or altered on the way; try again."
-                        )
+            download(url, path, md5, what)
         except (OSError, http.client.HTTPException) as error:
-            raise BadInput(
-                f"{path.name} of {what} is not in {path.parent} and could not be fetched from {url} ({error}): put it there, "
-                "or set `data_root` to the folder that has it."
-            ) from None
+            if pause is None or isinstance(error, urllib.error.HTTPError):  # that answer would be the same
+                raise BadInput(
+                    f"{path.name} of {what} is not in {path.parent} and could not be fetched from {url} ({error}): put it there, "
+                    "or set `data_root` to the folder that has it."
+                ) from None
+            print(f"{path.name} could not be fetched ({error}): trying again in {pause:g} s", file=sys.stderr)
+            time.sleep(pause)
     if not path.is_file():
         raise BadInput(f"{path} is no file, but the official file of {what} has to be there: move it away.")
     found = md5_of(path)
@@ -60,14 +62,29 @@ def fetch(url: str, path: Path, md5: str, what: str) -> None:
         )
 
 
+def download(url: str, path: Path, md5: str, what: str) -> None:
+    """Raises `OSError` for a network that fails, `BadInput` for a file that came whole and is not the official one."""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        check_folder(path.parent)
+        with written_beside(path) as beside:
+            size = save(answer, beside, path.name)
+            if (found := md5_of(beside)) != md5:
+                raise BadInput(
+                    f"What {url} sent as {path.name} for {what} has MD5 {found} ({size:,} bytes) instead of {md5}: it was "
+                    "altered on the way, or is another file now; try again, or put the official one there."
+                )
+
+
 def save(answer: http.client.HTTPResponse, path: Path, name: str) -> int:
-    """What a server sends, into `path`; the number of bytes. Raises `OSError`."""
+    """What a server sends, into `path`; the number of bytes. Raises `OSError`, also where they are fewer than it announced."""
     with path.open("wb") as file:
         total = int(answer.headers.get("Content-Length") or 0)
         with Progress(None, total or None, f"fetch {name}", "B") as bar:
             while chunk := answer.read(2**20):
                 file.write(chunk)
                 bar.update(len(chunk))
+        if total > file.tell():
+            raise ConnectionError(f"the connection ended after {file.tell():,} of {total:,} bytes")
         return file.tell()
 
 

@@ -103,8 +103,9 @@ def train(
             or memory are too small.
     """
     lineage = sha256_of_json([plan.__dict__, made_from, len(moments)])
-    history = kept_history(folder, lineage)
-    if len(history) == plan.epochs and all(intact(epoch_folder(folder, e + 1)) for e in range(plan.epochs)):
+    history, state = kept_history(folder, lineage), folder / "resume.safetensors"
+    whole = len(history) == plan.epochs and all(intact(epoch_folder(folder, e + 1)) for e in range(plan.epochs))
+    if whole and not behind(state, plan.epochs):
         return history
 
     trained = {"class_encoder": class_encoder, "unet": base.unet}[plan.part]
@@ -116,7 +117,7 @@ def train(
         trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, eps=1e-8, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16)
-    at = load_resume_state(folder / "resume.safetensors", lineage, trained, optimizer, scaler)
+    at = load_resume_state(state, lineage, trained, optimizer, scaler)
     if not all(intact(epoch_folder(folder, epoch + 1)) for epoch in range(at.epochs)):
         raise BadInput(
             f"{folder} lacks a checkpoint that its training had written, or it is damaged: move the folder away and run "
@@ -132,7 +133,7 @@ def train(
     check_room(folder, 2 * 12 * numbers + kept * (plan.epochs - at.epochs), f"Training {plan.part}")
 
     def save_state(position: Position) -> None:
-        save_resume_state(folder / "resume.safetensors", lineage, position, trained, optimizer, scaler)
+        save_resume_state(state, lineage, position, trained, optimizer, scaler)
 
     smaller = f"take a smaller `{plan.part}_batch_size` in an experiment of its own (it is another training)"
     done = at.epochs * per_epoch + at.steps
@@ -362,6 +363,15 @@ def save_resume_state(
     kept["sha256"] = digest.hexdigest()
     with written_beside(path) as beside:  # one entry of metadata: several come in any order
         save_file(tensors, beside, metadata={"sdlab": json.dumps(kept)})
+
+
+def behind(path: Path, epochs: int) -> bool:
+    """Whether a state is of before the end of its training: that was killed between its last checkpoint and its last state."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["sdlab"])["epochs"] < epochs
+    except Exception:  # none, or none that can be read: nothing needs it any more, and `sdlab verify` names it
+        return False
 
 
 def add_tensor(digest, name: str, value: torch.Tensor) -> None:

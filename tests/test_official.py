@@ -27,7 +27,7 @@ def server(tmp_path):
     folder.mkdir()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        cut, asked = False, 0
+        cut, asked = 0, 0  # how many answers more are cut
 
         def log_message(self, *_):
             pass
@@ -36,6 +36,7 @@ def server(tmp_path):
             Handler.asked += 1
             content = source.read()
             outputfile.write(content[: len(content) // 2] if Handler.cut else content)
+            Handler.cut = max(Handler.cut - 1, 0)
 
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
     threading.Thread(target=web.serve_forever, daemon=True).start()
@@ -161,19 +162,42 @@ def test_a_file_is_fetched_once_with_its_md5_checked(tmp_path, server):
     assert path.read_bytes() == (server.folder / "x.bin").read_bytes() and server.handler.asked == 1
 
 
-def test_a_cut_download_leaves_nothing_that_is_read_and_starts_again(tmp_path, server):
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(official, "PAUSES", (0.01, 0.02))
+
+
+def test_a_lost_network_starts_the_download_again(tmp_path, server, capsys, at_once):
+    """Twice; what came in part is thrown away, and what is whole is checked."""
     (server.folder / "x.bin").write_bytes(bytes(range(256)) * 9000)
-    right, path = md5(server.folder / "x.bin"), tmp_path / "x.bin"
-    server.handler.cut = True
-    with pytest.raises(BadInput, match=r"x.bin .*(cut short or altered on the way|could not be fetched)"):
+    server.handler.cut = 2
+    fetch(f"{server.url}/x.bin", tmp_path / "x.bin", md5(server.folder / "x.bin"), "x")
+    assert md5(tmp_path / "x.bin") == md5(server.folder / "x.bin") and server.handler.asked == 3
+    said = "x.bin could not be fetched (the connection ended after 1,152,000 of 2,304,000 bytes): trying again in"
+    assert capsys.readouterr().err.count(said) == 2
+
+
+def test_a_network_that_stays_lost_leaves_nothing_that_is_read(tmp_path, server, at_once):
+    (server.folder / "x.bin").write_bytes(bytes(range(256)) * 9000)
+    right, path = md5(server.folder / "x.bin"), tmp_path / "new" / "x.bin"
+    server.handler.cut = 3
+    with pytest.raises(BadInput, match=r"x.bin of x is not in .*could not be fetched .*1,152,000 of 2,304,000 bytes"):
         fetch(f"{server.url}/x.bin", path, right, "x")
-    assert not path.exists()
-    server.handler.cut = False
+    assert list(path.parent.iterdir()) == []
     fetch(f"{server.url}/x.bin", path, right, "x")
     assert md5(path) == right
 
 
-def test_no_network_says_which_file_from_where_into_which_folder(tmp_path):
+def test_what_would_be_the_same_again_is_not_asked_for_again(tmp_path, server, at_once, capsys):
+    (server.folder / "x.bin").write_bytes(b"another file")
+    with pytest.raises(BadInput, match=r"has MD5 .* instead of 000.*altered on the way"):
+        fetch(f"{server.url}/x.bin", tmp_path / "x.bin", "0" * 32, "x")
+    with pytest.raises(BadInput, match=r"could not be fetched .*404"):
+        fetch(f"{server.url}/none.bin", tmp_path / "x.bin", "0" * 32, "x")
+    assert server.handler.asked == 1 and capsys.readouterr().err.count("trying again") == 0
+
+
+def test_no_network_says_which_file_from_where_into_which_folder(tmp_path, at_once):
     url = "http://127.0.0.1:9/x.npz"  # nobody listens
     with pytest.raises(
         BadInput, match=rf"x\.npz of retinamnist is not in {tmp_path}/none and could not be fetched from {url}"

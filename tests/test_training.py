@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from sdlab import latents
+from sdlab import latents, training
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.latents import Moments, encode_images
@@ -133,6 +133,30 @@ def test_a_state_inside_an_epoch_can_be_cut_again(settings, moments, tmp_path):
             )
     fit(load_base_model(settings), moments, tmp_path / "cut", plan("unet"))
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("resume_seconds", [0.0, math.inf])
+@pytest.mark.parametrize("before", ["save_checkpoint", "write_json", "save_resume_state"])
+def test_killed_before_its_last_checkpoint_history_or_state(
+    settings, moments, tmp_path, monkeypatch, before, resume_seconds
+):
+    """The last epoch's three writes: between any two of them, what is missing is made, the state of the end too."""
+    _, uncut = fit(load_base_model(settings), moments, tmp_path / "whole", plan())
+    original, calls = getattr(training, before), []
+
+    def dies_at_the_last(*arguments):
+        calls.append(arguments)
+        at = next((a for a in arguments if isinstance(a, training.Position)), None)
+        if at == training.Position(3) or (at is None and len(calls) == 3):
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(training, before, dies_at_the_last)
+        fit(load_base_model(settings), moments, tmp_path / "cut", plan(), resume_seconds=resume_seconds)
+    _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan())
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+    assert [(e["epoch"], e["loss"]) for e in history] == [(e["epoch"], e["loss"]) for e in uncut]
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
