@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= digits
 FAULTS ?= .faults
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test faults full-size benchmarks lab dashboard lint setup
 
@@ -11,12 +12,12 @@ demo: setup  ## The whole pipeline on the embedded data set and base model
 	$(BIN)/sdlab run digits
 
 test: setup $(VENV)/reference/.done  ## Unit and property tests, and every notebook at smoke depth
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish, many times over: hours; given again, it goes on
-	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=2500 $(BIN)/python -m pytest tests/faults
+	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=2500 $(BIN)/python -m pytest $(PARALLEL) tests/faults
 	$(BIN)/python tests/faults/refusals.py --folder $(FAULTS)
-	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 100 --runs 3 --soak 30
+	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 115 --soak 30
 
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py

@@ -12,12 +12,13 @@ import contextlib
 import copy
 import dataclasses
 import os
+import shutil
 import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import optuna
 import sqlalchemy
@@ -26,7 +27,7 @@ from optuna.trial import Trial, TrialState
 
 from sdlab.base_models import BaseModel
 from sdlab.evaluation import OperatingPoint, deciding_split, found_point, judge, make_set, sheet, summary
-from sdlab.files import alone, cannot_write, read_json, refusal, sha256_of_json
+from sdlab.files import alone, cannot_write, read_json, refusal, sha256_of_json, written_beside
 from sdlab.images import ImageDataset
 from sdlab.run import Run, check_storage
 from sdlab.settings import BadInput, Settings
@@ -160,7 +161,7 @@ def run_search(
         with alone(run.folder / ".locks" / "storage"):  # one process makes it
             study = open_study(settings, search)
             check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
-        artifacts = FileSystemArtifactStore(base_path=artifact_folder(run.folder))
+        artifacts = WholePictures(run.folder / "artifacts")
         done = finished(study)
         with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
             while done < trials:
@@ -209,11 +210,12 @@ def check_lineage(study: optuna.Study, lineage: str) -> None:
         )
 
 
-def artifact_folder(folder: Path) -> Path:
-    """Where the trials' pictures lie, for optuna-dashboard."""
-    path = folder / "artifacts"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+class WholePictures(FileSystemArtifactStore):
+    """Where the trials' pictures lie, for optuna-dashboard; each written whole or not at all."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        with written_beside(self._get_filepath(artifact_id)) as beside, beside.open("wb") as file:
+            shutil.copyfileobj(content_body, file)
 
 
 def finished(study: optuna.Study) -> int:

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import SMOKE
 
+from sdlab import workflow
 from sdlab.datasets import load_dataset
 from sdlab.files import write_json
 from sdlab.planning import make_plan
@@ -188,3 +191,32 @@ def test_time_of_an_attempt_that_was_cut_counts(file):
 )
 def test_arguments_come_in_the_order_that_the_readme_gives(name, usage):
     assert CliRunner().invoke(cli, [name, "--help"]).output.splitlines()[0].endswith(f"{name} {usage}")
+
+
+def test_a_kernels_home_is_emptied_first_and_gone_afterwards(settings):
+    """What a killed one left there too; and the temporary folder is then what it was."""
+    before = tempfile.gettempdir()
+    with workflow.scratch(settings) as folder:
+        (folder / "left").write_text("by one that was killed")
+        kept = folder.rename(folder.with_name(f"{folder.name}-kept"))
+    kept.rename(folder)
+    with workflow.scratch(settings) as again:
+        assert again == folder and list(folder.iterdir()) == [] and tempfile.gettempdir() == str(folder)
+        with tempfile.NamedTemporaryFile(suffix=".json") as noted:
+            assert Path(noted.name).parent == folder
+    assert not folder.exists() and tempfile.gettempdir() == before
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_of_our_own_is_one_sentence_too(monkeypatch, debug):
+    def breaks(*_):
+        raise KeyError("x")
+
+    monkeypatch.setattr(workflow, "step_state", breaks)
+    done = CliRunner().invoke(cli, ["--debug"] * debug + ["status", "digits"])
+    assert done.exit_code == 1
+    if debug:
+        assert isinstance(done.exception, KeyError)
+    else:
+        said = "Error: This should not have happened (KeyError: 'x'): `sdlab --debug status ...` shows where"
+        assert done.stderr.startswith(said) and len(done.stderr.splitlines()) == 1

@@ -1,6 +1,6 @@
 """kill -9 at seeded random points of every step, each then gone on with and compared byte for byte with one never killed.
 
-    python tests/faults/kills.py --folder FOLDER [--kills 100] [--runs 2] [--kills-a-run 6] [--soak MINUTES]
+    python tests/faults/kills.py --folder FOLDER [--kills 110] [--runs 3] [--kills-a-run 6] [--soak MINUTES]
 
 `FOLDER` keeps the uninterrupted run after each step, and `kills.jsonl`, a line a kill; given again, the suite goes on where
 it was. `--soak` then starts, kills and verifies whole runs, one after another, for so long. The last lines printed are the
@@ -125,8 +125,8 @@ def summary(rows: list[dict]) -> str:
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), required=True)
-@click.option("--kills", default=100, show_default=True, help="Of single steps.")
-@click.option("--runs", default=2, show_default=True, help="Whole runs that are killed.")
+@click.option("--kills", default=110, show_default=True, help="Of single steps.")
+@click.option("--runs", default=3, show_default=True, help="Whole runs that are killed.")
 @click.option("--kills-a-run", default=6, show_default=True)
 @click.option("--soak", default=0.0, show_default=True, help="Minutes of whole runs that are killed, after these.")
 def main(folder: Path, kills: int, runs: int, kills_a_run: int, soak: float) -> None:
