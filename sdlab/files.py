@@ -11,9 +11,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import socket
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -86,17 +85,16 @@ def check_room(path: Path, wanted: float, what: str) -> None:
 def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
     """A name to write a file or folder under; renamed to `path` when the block ends well, else removed.
 
-    It lies in a folder of its own beside `path`, named after this process: two may write the same at once, and what a library
-    leaves there of itself when it is killed is found. `lasting`: its bytes are on the disk before it has its name, so that
-    not even a power cut leaves a half file. Raises `BadInput` for a disk that is full, read-only or broken.
+    It lies in a folder of its own beside `path`, locked for as long as it is written to: two may write the same at once, and
+    what a process that was killed left there, a library's own half files too, is told from what is at work. `lasting`: its
+    bytes are on the disk before it has its name, so that not even a power cut leaves a half file. Raises `BadInput` for a
+    disk that is full, read-only or broken.
     """
-    part = path.with_name(f".{path.name[:100]}.{os.getpid()}@{socket.gethostname()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_over(path.parent.glob(f".{glob.escape(path.name[:100])}.*.part"))
-        WRITTEN.add(part)
+        remove_left_over(path.parent.glob(f".{glob.escape(path.name[:40])}.*.part"))
+        part, lock = own_folder(path)
         try:
-            part.mkdir(exist_ok=True)
             beside = part / path.name
             yield beside
             if lasting:
@@ -107,36 +105,58 @@ def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
                 flush(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-            WRITTEN.discard(part)
+            os.close(lock)
 
 
-PART = re.compile(r"\..*\.(\d+)@(.+)\.part")
-LEFT_FOR = 86400  # seconds without a write until another machine's is taken for left over
-WRITTEN: set[Path] = set()  # by this process, now
+def own_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the descriptor by which this process holds it."""
+    while True:
+        part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
+        part.mkdir()
+        lock = os.open(part, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if part.is_dir():  # nobody took it for left over before it was locked
+            return part, lock
+        os.close(lock)
 
 
 def remove_left_over(parts: Iterable[Path]) -> None:
-    """Remove what processes that were killed left of their writes: half files, which nothing reads."""
-    for part in parts:
-        if (named := PART.fullmatch(part.name)) and not at_work(part, int(named[1]), named[2]):
-            shutil.rmtree(part, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+    """Remove what processes that were killed left of their writes: half files, which nothing reads and nobody holds."""
+    for part in list(parts):
+        with contextlib.suppress(OSError):  # gone meanwhile, or held
+            lock = os.open(part, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            finally:
+                os.close(lock)
 
 
-def at_work(part: Path, process: int, host: str) -> bool:
-    """Whether the process that writes `part` may still be there."""
-    if host != socket.gethostname():
-        with contextlib.suppress(OSError):
-            return time.time() - part.stat().st_mtime < LEFT_FOR
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        return True
-    return process != os.getpid() or part in WRITTEN
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files, in order, but for half ones; folders that vanish meanwhile are no error."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not half(name))
+        yield from (Path(root, name) for name in sorted(names) if not half(name))
+
+
+def half_files(folder: Path) -> Iterator[Path]:
+    """What writes that are at work, or were killed, have below a folder."""
+    for root, folders, names in os.walk(folder):
+        yield from (Path(root, name) for name in (*folders, *names) if half(name))
+        folders[:] = [name for name in folders if not half(name)]
+
+
+def half(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".part")
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of all files."""
+    size = 0
+    for path in files_below(folder):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 @contextlib.contextmanager

@@ -39,17 +39,23 @@ def fetch(url: str, path: Path, md5: str, what: str) -> None:
     It is written beside and renamed when its MD5 is right: a cut download leaves nothing that is read, and is started
     again, `len(PAUSES)` times.
     """
+    begun = False
     for pause in (*PAUSES, None):
         if path.exists():
             break
         try:
             download(url, path, md5, what)
         except (OSError, http.client.HTTPException) as error:
-            if pause is None or isinstance(error, urllib.error.HTTPError):  # that answer would be the same
+            # A server's refusal would be the same again; and so, before anything was sent, would a network's that is not there.
+            hopeless = isinstance(error, urllib.error.HTTPError) or (
+                isinstance(error, urllib.error.URLError) and not begun
+            )
+            if pause is None or hopeless:
                 raise BadInput(
                     f"{path.name} of {what} is not in {path.parent} and could not be fetched from {url} ({error}): put it there, "
                     "or set `data_root` to the folder that has it."
                 ) from None
+            begun = True
             print(f"{path.name} could not be fetched ({error}): trying again in {pause:g} s", file=sys.stderr)
             time.sleep(pause)
     if not path.is_file():
@@ -150,7 +156,11 @@ def unpack(archive: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")
-        (Path(scratch) / folder.name).rename(folder)
+        try:
+            (Path(scratch) / folder.name).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run unpacked the same meanwhile
+                raise
 
 
 def as_split(images: np.ndarray, labels) -> tuple[np.ndarray, np.ndarray]:

@@ -150,7 +150,11 @@ def listed(folder: Path) -> Listing:
     if not images:
         loose = sum(name.endswith("(in no class)") for name in others)
         files = sum(not name.endswith("(holds no image)") for name in others)
-        found = f"{loose} images without a class" if loose else f"{files} files, none of them an image"
+        found = (
+            f"{loose} images without a class"
+            if loose
+            else f"{files} files, none of them an image that is read ({', '.join(FORMATS)})"
+        )
         raise BadInput(f"{folder} has {found}: {LAYOUT}.")
     return Listing(folder, tuple(images), tuple(dict.fromkeys(others)))
 
@@ -315,19 +319,18 @@ def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[st
     path = images_file(settings)
     if not path.is_file():
         return None
+    way_out = f"move it away, and the images are read from {own_path(settings)} again"
+    if str(read_arrays(path, ["made_from"], way_out)["made_from"]) != key:
+        return None
+    kept = read_arrays(path, ["images", "files", "remarks"], way_out)
     try:
-        if str(read_arrays(path, ["made_from"], "")["made_from"]) != key:
-            return None
-        kept = read_arrays(path, ["images", "files", "remarks"], "")
         images, files = kept["images"], kept["files"]
         shape = (len(files), 3, settings.image_size, settings.image_size)
         if images.dtype != np.uint8 or images.shape != shape or files.shape[1:] != (3,):
             raise BadInput("other arrays than were written")
         return images, [tuple(map(str, row)) for row in files], list(map(str, kept["remarks"]))
     except (BadInput, TypeError, ValueError):  # its arrays can be of any shape, and texts of any bytes
-        raise BadInput(
-            f"{path} is damaged: move it away, and the images are read from {own_path(settings)} again."
-        ) from None
+        raise BadInput(f"{path} is damaged: {way_out}.") from None
 
 
 # ------------------------------------------------------------------------------------------------- entry points

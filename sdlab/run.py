@@ -32,11 +32,13 @@ from tqdm.auto import tqdm
 
 from sdlab.files import (
     checked_form,
+    half_files,
     inside,
     read_sealed,
     remove_left_over,
     sha256_of_file,
     sha256_of_json,
+    size_below,
     write_json,
     write_sealed,
     writing,
@@ -380,17 +382,20 @@ def readers(number: str) -> list[str]:
     return sorted(found)
 
 
-def move_aside(folder: Path, paths: list[Path]) -> Path:
-    """Move files and folders of a run below `aside/<now>/`, where nothing reads them. Raises `BadInput`."""
+def new_aside(folder: Path) -> Path:
+    """`aside/<now>/` of a run, where nothing reads; not made yet."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     names = (f"{stamp}{more}" for more in ("", *(f"-{i}" for i in range(2, 1000))))
-    aside = next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
+    return next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
+
+
+def move_aside(folder: Path, paths: list[Path], aside: Path) -> None:
+    """Move files and folders of a run below `aside`. Raises `BadInput`."""
     with writing(aside):
         for path in paths:
             target = aside / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-    return aside
 
 
 class Run:
@@ -438,7 +443,7 @@ class Run:
         self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
         if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # `sdlab run` says it itself
             print(self.lock.note)
-        remove_left_over(list(self.folder.rglob(".*.part")))
+        remove_left_over(half_files(self.folder))
         if check_step(self.settings, self.step.number).state == "done":
             self.lock.release()
             return False
@@ -491,13 +496,13 @@ class Run:
         self.record["beside"] = self.hashes_beside()
         self.record["finished"] = now()
         self.record["measured"] = dict(
-            folder_bytes=sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
+            folder_bytes=size_below(self.folder),
             peak_memory_bytes=peak_memory(),
         )
         self.record["seconds"] += round(time.monotonic() - self.started, 1)
+        shutil.rmtree(self.begun, ignore_errors=True)  # all of it is in the results by now
         write_sealed(record_path(self.settings, self.step.number), self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
-        shutil.rmtree(self.begun, ignore_errors=True)
         self.finished = True
         self.lock.release()
 

@@ -12,12 +12,14 @@ import contextlib
 import copy
 import dataclasses
 import os
+import secrets
 import shutil
 import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import optuna
@@ -123,6 +125,12 @@ def open_study(settings: Settings, search: str) -> optuna.Study:
 def rename_study(settings: Settings, search: str, more: str) -> None:
     """Give a study another name, if there is one, so that the search begins anew; the dashboard shows both."""
     name = study_name(settings, search)
+    for lock in sorted((settings.run_folder / ".locks").glob(f"{name}-*")):
+        with alone(lock, wait=False) as free:
+            if not free:
+                raise BadInput(
+                    f"A process is at a trial of {name} (`sdlab work`): wait for it, or stop it; nothing was done."
+                )
     if not settings.storage and not (settings.run_folder / "searches.db").exists():
         return
     with storing(settings):
@@ -161,6 +169,7 @@ def run_search(
         with alone(run.folder / ".locks" / "storage"):  # one process makes it
             study = open_study(settings, search)
             check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
+            check_folder(study, run.folder)
         artifacts = WholePictures(run.folder / "artifacts")
         done = finished(study)
         with run.progress(total=trials, initial=done, desc=search.replace("_", " "), unit="trial") as bar:
@@ -210,6 +219,22 @@ def check_lineage(study: optuna.Study, lineage: str) -> None:
         )
 
 
+def check_folder(study: optuna.Study, folder: Path) -> None:
+    """A study is one run folder's: its trials' locks, shards and pictures lie there. Raises `BadInput` for another's."""
+    path = folder / ".locks" / "folder"
+    if not path.exists():
+        with written_beside(path) as beside:
+            beside.write_text(secrets.token_hex(16))
+    ours = path.read_text()
+    if "folder" not in study.user_attrs:
+        study.set_user_attr("folder", ours)
+    if study.user_attrs.get("folder") != ours:
+        raise BadInput(
+            f"The storage holds a study {study.study_name} of another run folder: let both share the folder (then `sdlab work` "
+            "helps), or give the experiment another name, or the `storage` setting another database."
+        )
+
+
 class WholePictures(FileSystemArtifactStore):
     """Where the trials' pictures lie, for optuna-dashboard; each written whole or not at all."""
 
@@ -237,7 +262,10 @@ def claimed(run: Run, study: optuna.Study, trials: int) -> Iterator[Trial | None
                 known = existing[number] if number < len(existing) else None
                 if known is not None and known.state.is_finished():
                     continue
-                if held.enter_context(alone(locks / f"{study.study_name}-{number:03d}", wait=False)):
+                if not held.enter_context(alone(locks / f"{study.study_name}-{number:03d}", wait=False)):
+                    continue
+                # Its process may have told it, and let it go, since it was read.
+                if known is None or not study._storage.get_trial(known._trial_id).state.is_finished():
                     trial = study.ask() if known is None else Trial(study, known._trial_id)
                     break
         yield trial

@@ -43,7 +43,11 @@ def stored_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.nda
         path = shard_path(folder, index)
         if not path.is_file() or str(index) not in shards:
             raise BadInput(f"{path} is missing: run its step again, which makes it.")
-        if sha256_of_file(path) != shards[str(index)]["sha256"]:
+        try:
+            found = sha256_of_file(path)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read ({error.strerror}): mend that, and give the same command.") from None
+        if found != shards[str(index)]["sha256"]:
             raise BadInput(f"{path} is truncated or altered: move it away and run its step again, which makes it anew.")
         try:
             held, left = load_file(path), count - index * size

@@ -17,7 +17,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sdlab.files import checked_form, checkpoint_hashes, checkpoint_sha, read_json, read_sealed, sha256_of_file
+from sdlab.files import (
+    checked_form,
+    checkpoint_hashes,
+    checkpoint_sha,
+    files_below,
+    read_json,
+    read_sealed,
+    sha256_of_file,
+)
 from sdlab.run import STEPS, WRITES, differences, digest, read_record
 from sdlab.settings import BadInput, Settings
 from sdlab.shards import read_manifest, shard_path
@@ -285,14 +293,12 @@ class Verification:
 
     def strangers(self) -> None:
         """Files that nothing named. Of a step that is not finished there may be any of its own."""
-        for path in sorted(self.folder.rglob("*")):
+        for path in files_below(self.folder):
             name = path.relative_to(self.folder).as_posix()
-            if not path.is_file() or name in self.seen or name in FREE or name.startswith("aside/"):
+            if name in self.seen or name in FREE or name.startswith("aside/"):
                 continue
             if path.name == ".lock" or name.startswith(".locks/"):
                 continue  # empty: what counts is who holds them
-            if any(part.startswith(".") and part.endswith(".part") for part in path.parts):
-                continue  # of a write that was killed; the next run takes it away
             if self.unfinished and not name.endswith(".ipynb"):
                 continue
             self.add(name, "foreign", "no step wrote it", "move it away")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sdlab.datasets import dataset_facts, fetch_dataset
 from sdlab.export import export
-from sdlab.files import cannot_write, inside, refusal, written_beside
+from sdlab.files import cannot_write, inside, refusal, size_below, written_beside
 from sdlab.run import (
     BENCHMARKS,
     STEPS,
@@ -31,6 +31,7 @@ from sdlab.run import (
     check_step,
     check_storage,
     move_aside,
+    new_aside,
     note_notebook,
     read_record,
     readers,
@@ -167,7 +168,9 @@ def scratch(settings: Settings) -> Iterator[Path]:
     """An empty folder for an executed notebook, and for what Jupyter notes of its kernel; gone at the end."""
     folder = scratch_folder(settings)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o700, exist_ok=True)  # a network disk may keep a dying kernel's
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise BadInput(f"{folder} is somebody else's: set TMPDIR to a folder of your own.")
     before, tempfile.tempdir = tempfile.tempdir, str(folder)  # where Jupyter puts it
     try:
         yield folder
@@ -183,16 +186,18 @@ def set_aside(settings: Settings, number: str) -> None:
     for step in map(STEPS.get, readers(number)):
         patterns = (*WRITES[step.number], f"records/{step.number}.*", f"notebooks/{step.stem}.ipynb")
         paths += [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    if not paths:
+    if not folder.exists():
         return
-    lock = Lock(folder / ".lock", folder, "sdlab run --redo")
-    aside = move_aside(folder, paths)
+    lock, aside = Lock(folder / ".lock", folder, "sdlab run --redo"), new_aside(folder)
+    # The studies first: where this is cut, the files are still there to be moved the next time.
     for search in [search for step, search in (("02", "search_1"), ("04", "search_2")) if step in readers(number)]:
         from sdlab.search import rename_study  # optuna is slow to import
 
         rename_study(settings, search, f"aside {aside.name}")
+    move_aside(folder, paths, aside)
     lock.release()
-    click.echo(f"{len(paths)} files and folders were moved to {shown(aside)}/")
+    if paths:
+        click.echo(f"{len(paths)} files and folders were moved to {shown(aside)}/")
 
 
 def fetch_base_model(settings: Settings) -> None:
@@ -432,8 +437,9 @@ def verify_run(path: str) -> None:
     from sdlab.verify import verify
 
     settings = settings_of(path)
-    size = sum(file.stat().st_size for file in settings.run_folder.rglob("*") if file.is_file())
-    with tqdm(total=size, unit="B", unit_scale=True, desc="verify", leave=False, disable=None) as bar:
+    with tqdm(
+        total=size_below(settings.run_folder), unit="B", unit_scale=True, desc="verify", leave=False, disable=None
+    ) as bar:
         found, files = verify(settings, bar.update)
     for finding in found:
         click.echo(f"{finding.state:<8} {finding.path}: {finding.why}\n         {finding.repair}")
@@ -473,13 +479,12 @@ def repair(settings: Settings, path: str) -> None:
     if not meant[0].repair.startswith("sdlab repair"):
         raise BadInput(f"`{path}` is {meant[0].state} ({meant[0].why}), which no repair makes good: {meant[0].repair}.")
     path = meant[0].repair.split()[-1]  # of a training's file, the training
-    lock = Lock(folder / ".lock", folder, "sdlab repair")
-    there = (folder / path).exists()
-    if there:
-        move_aside(folder, [folder / path])
-    lock.release()
-    step = maker(settings, path)
     with at_work(settings, "sdlab repair"):
+        there = (folder / path).exists()
+        lock, step = Lock(folder / ".lock", folder, "sdlab repair"), maker(settings, path)
+        if there:
+            move_aside(folder, [folder / path], new_aside(folder))
+        lock.release()
         if path.startswith("synthetic/"):
             from sdlab.evaluation import remake  # torch and diffusers are slow to import
 

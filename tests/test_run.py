@@ -4,14 +4,23 @@ import dataclasses
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from sdlab.files import alone, sha256_of_file, write_json, write_sealed, written_beside
+from sdlab.files import (
+    alone,
+    files_below,
+    half_files,
+    remove_left_over,
+    sha256_of_file,
+    write_json,
+    write_sealed,
+    written_beside,
+)
 from sdlab.run import STEPS, Lock, Run, read_record, step_state
 from sdlab.settings import BadInput
 
@@ -209,17 +218,38 @@ def test_a_half_file_is_never_read(tmp_path):
 
 
 def test_half_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
-    """Its own process's too, where nothing is writing it any more; another machine's after a day."""
-    host, dead = socket.gethostname(), subprocess.Popen(["true"])
-    dead.wait()
-    left = [f".x.json.{dead.pid}@{host}.part", f".x.json.{os.getpid()}@{host}.part", ".x.json.1@another.org.part"]
-    stay = [f".x.json.{os.getppid()}@{host}.part", ".x.json.2@another.org.part", ".x.json.part", ".y.json.1@z.part"]
-    for name in (*left, *stay):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_text("")
-    os.utime(tmp_path / left[2], (0, 0))
-    write_json(tmp_path / "x.json", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.json", *stay}
+    """Told by who holds them, whatever their names say: of any process, container or machine that shares the disk."""
+    code = (
+        "import sys, time; from pathlib import Path; from sdlab.files import written_beside\n"
+        "with written_beside(Path(sys.argv[1])) as beside: beside.write_text('half'); print(beside, flush=True); time.sleep(60)"
+    )
+    path, parts = tmp_path / "x.json", []
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for writer in writers:
+        parts.append(Path(writer.stdout.readline().strip()).parent)
+    writers[0].kill()
+    writers[0].wait()
+    (tmp_path / ".x.json.part").write_text("half, of an earlier version")
+    with written_beside(path) as beside:
+        write_json(path, 1)  # the same at once, from within
+        assert beside.parent.is_dir()
+        beside.write_text("2")
+    assert path.read_text() == "2" and {p.name for p in tmp_path.iterdir()} == {"x.json", ".x.json.part", parts[1].name}
+    assert list(files_below(tmp_path)) == [path] and set(half_files(tmp_path)) == {parts[1], tmp_path / ".x.json.part"}
+    remove_left_over(half_files(tmp_path))
+    assert {*tmp_path.iterdir()} == {path, parts[1]}
+    writers[1].kill()
+    writers[1].wait()
+    remove_left_over(half_files(tmp_path))
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_name_as_long_as_can_be_is_written(tmp_path):
+    path = tmp_path / ("\u5408" * 83 + ".json")
+    write_json(path, 1)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_lock_is_one_processs_until_it_ends(tmp_path):

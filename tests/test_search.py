@@ -337,6 +337,42 @@ def test_a_study_of_other_checkpoints_is_refused(world, data, tmp_path):
         searched(elsewhere, data, 3)
 
 
+def test_a_study_of_another_run_folder_is_refused(world, data, tmp_path):
+    """Its trials' locks lie there: two folders would take the same trials."""
+    settings = dataclasses.replace(world[0], storage=f"sqlite:///{tmp_path}/shared.db")
+    searched(settings, data, 3)
+    (settings.run_folder / "metrics" / "search_1.json").unlink()
+    (settings.run_folder / ".locks" / "folder").write_text("as in a folder of its own")
+    with pytest.raises(BadInput, match="of another run folder: let both share the folder"):
+        searched(settings, data, 3)
+
+
+def test_a_trial_that_was_told_meanwhile_is_not_taken(world, data, monkeypatch):
+    """Its process tells it and lets it go between the look at all trials and the lock of this one."""
+    settings, _ = world
+    run = Run(settings, "02_first_search")
+    study, other = open_study(settings, "search_1"), open_study(settings, "search_1")
+    study.ask()
+    alone = search_module.alone
+
+    def told_meanwhile(path, wait=True):
+        if path.name.endswith("-000"):
+            other.tell(0, 0.5)
+        return alone(path, wait)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search_module, "alone", told_meanwhile)
+        with search_module.claimed(run, study, 1) as trial:
+            assert trial is None
+    with search_module.claimed(run, study, 2) as trial:
+        assert trial.number == 1
+        with pytest.raises(BadInput, match=r"at a trial of smoke-search_1 .*nothing was done"):
+            search_module.rename_study(settings, "search_1", "aside")
+    search_module.rename_study(settings, "search_1", "aside")
+    assert optuna.study.get_all_study_names(settings.storage_url) == ["smoke-search_1 (aside)"]
+    run.lock.release()
+
+
 def test_a_finished_search_is_loaded(world, data):
     settings, log = world
     first, _ = searched(settings, data, 3)

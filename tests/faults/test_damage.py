@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import BIN, SMOKE, command
 
+from sdlab import workflow
 from sdlab.files import inside, sha256_of_file, write_sealed
 from sdlab.run import read_record
 from sdlab.settings import BadInput, Settings
@@ -166,6 +167,35 @@ def test_redo_moves_aside_and_makes_the_same_again(run):
     assert len(names) == 3 and {"smoke-search_1", "smoke-search_2", f"smoke-search_2 (aside {aside.name})"} == set(
         names
     )
+
+
+def test_redo_that_is_cut_does_it_the_next_time(run, monkeypatch):
+    """Between the studies' names and the files: else the old trials would pass for new ones."""
+    settings, _ = run
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(workflow, "move_aside", cut)
+        workflow.set_aside(settings, "02")
+    workflow.set_aside(settings, "02")
+    assert not (settings.run_folder / "metrics" / "search_1.json").exists()
+    with sqlite3.connect(settings.run_folder / "searches.db") as database:
+        names = [row[0] for row in database.execute("select study_name from studies")]
+    assert len(names) == 2 and all("(aside" in name for name in names)
+
+
+def test_repair_beside_a_run_touches_nothing(run, monkeypatch):
+    settings, file = run
+    shard = sorted((settings.run_folder / "synthetic").glob("*/shard_00001.safetensors"))[0]
+    damage(shard, None, "altered", random.Random(1))
+    bad = shard.read_bytes()
+    monkeypatch.setattr(workflow.Lock, "PATIENCE", 0.1)
+    with workflow.at_work(settings, "sdlab run"):
+        done = command(BIN / "sdlab", "repair", file, shard.relative_to(settings.run_folder).as_posix())
+    assert done.returncode == 1 and "is in use by sdlab run" in done.stderr
+    assert shard.read_bytes() == bad and not (settings.run_folder / "aside").exists()
 
 
 @pytest.mark.parametrize(
