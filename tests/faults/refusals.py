@@ -35,7 +35,7 @@ SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished b
 
 def kind(asked: str) -> str:
     """A write without what is its own: numbers, hashes, processes."""
-    asked = re.sub(r"\.[^/]*\.\d+@[^/]*\.part", "PART", asked)
+    asked = re.sub(r"\.[^/]*\.[0-9a-f]{8}\.part", "PART", asked)
     asked = re.sub(r"artifacts/.*", "artifacts/", asked)
     return re.sub(r"[0-9a-f]{16}|\d+", "#", asked)
 
