@@ -242,8 +242,8 @@ def unreadable_folder(mine):
 
 
 FOLDERS = [
-    folder("empty", r"mine has 0 files, none of them an image: it needs one subfolder a class", lambda f: None),
-    folder("no images", r"mine has 2 files, none of them an image: it needs", all_images(lambda p: p.rename(p.with_suffix(".txt")) if "000" in p.name else p.unlink())),
+    folder("empty", r"mine has 0 files, none of them an image that is read \(PNG, .*\): it needs one subfolder a class", lambda f: None),
+    folder("no images", r"mine has 2 files, none of them an image that is read \(PNG, .*\): it needs", all_images(lambda p: p.rename(p.with_suffix(".txt")) if "000" in p.name else p.unlink())),
     folder("images without a class", r"mine has 1 images without a class: it needs one", lambda f: Image.new("RGB", (9, 9)).save(f / "x.png")),
     folder("one class", r"mine has readable images of one class only \(`cat`\): a classifier needs two", lambda f: write_folder(f, 9, ("cat",))),
     folder("an empty class", r"mine has readable images of one class only .*: it needs|classifier needs two", lambda f: (write_folder(f, 9, ("cat",)) / "dog").mkdir()),
