@@ -70,6 +70,22 @@ def cannot_write(path: Path | str, number: int) -> str:
     )
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises `BadInput` where the block fails since the system lets nothing be read at `path`: a mode, a disk, a network."""
+    try:
+        yield
+    except OSError as error:
+        # A library's own error, or a place in the file that a damaged one named.
+        if error.errno in (None, errno.EINVAL, errno.EOVERFLOW):
+            raise
+        raise BadInput(cannot_read(error.filename or path, error)) from None
+
+
+def cannot_read(path: Path | str, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror}): mend that, and give the same command."
+
+
 def check_room(path: Path, wanted: float, what: str) -> None:
     """Raises `BadInput` if the disk that `path` is to lie on has fewer than `wanted` bytes free."""
     there = next(above for above in (path, *path.absolute().parents) if above.exists())
@@ -133,8 +149,13 @@ def remove_left_over(parts: Iterable[Path]) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files, in order, but for half ones; folders that vanish meanwhile are no error."""
-    for root, folders, names in os.walk(folder):
+    """All files, in order, but for half ones; folders that vanish meanwhile are no error. Raises `BadInput` for an unreadable one."""
+
+    def shut(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise BadInput(cannot_read(error.filename, error))
+
+    for root, folders, names in os.walk(folder, onerror=shut):
         folders[:] = sorted(name for name in folders if not half(name))
         yield from (Path(root, name) for name in sorted(names) if not half(name))
 
@@ -198,7 +219,7 @@ def read_json(path: Path, how_to_make: str = "") -> Any:
     except FileNotFoundError:
         raise BadInput(f"{path} is missing{': ' + how_to_make if how_to_make else '.'}") from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}): mend that, and give the same command.") from None
+        raise BadInput(cannot_read(path, error)) from None
     except (ValueError, RecursionError):
         raise BadInput(f"{path} is damaged (it is not JSON): move it away and run its step again.") from None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdlab.files import reading
 from sdlab.settings import UNPRINTABLE, BadInput
 
 LONGEST_HEADER = 10_000  # bytes of an array's, as numpy has it
@@ -172,7 +173,7 @@ def read_arrays(path: Path, names: Sequence[str], way_out: str) -> dict[str, np.
     is: nothing is allocated for a file that promises what it has not. Raises `BadInput`, whose sentence ends in `way_out`.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             members = {name: archive.NameToInfo.get(f"{name}.npy") for name in names}
             if missing := [name for name, member in members.items() if member is None]:
                 raise BadInput(f"{path} has no {', '.join(missing)}: {way_out}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdlab.files import sha256_of_json, written_beside
+from sdlab.files import files_below, reading, sha256_of_json, written_beside
 from sdlab.images import ImageDataset, Split, first_words, printable, read_arrays
 from sdlab.official import read_npz
 from sdlab.run import Progress
@@ -139,7 +139,7 @@ def listed(folder: Path) -> Listing:
         others += [f"{path.relative_to(folder).as_posix()} (in no class)" for path in loose]
         for of_class in subfolders(above):
             before = len(images)
-            for path in sorted(p for p in of_class.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            for path in sorted(p for p in files_below(of_class) if p.is_file() and not p.name.startswith(".")):
                 name = path.relative_to(folder).as_posix()
                 if path.suffix.lower() in suffixes:
                     images.append((name, of_class.name, split))
@@ -200,8 +200,12 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
     pictures, unreadable, traits = {}, [], defaultdict(list)
 
     def attempt(entry):
+        path = listing.folder / entry[0]
         try:
-            return read_picture(listing.folder / entry[0], settings.image_size)
+            with reading(path):  # a disk that fails for a minute must not cost an image
+                return read_picture(path, settings.image_size)
+        except BadInput:
+            raise
         except Exception as error:  # whatever a damaged or hostile file makes a decoder raise
             return f"{entry[0]} ({why_unreadable(error, listing.folder)})"
 

@@ -304,10 +304,14 @@ def check_storage(settings: Settings) -> None:
             engine.connect().close()
         elif not Path(engine.url.database or ".").resolve().parent.is_dir():
             raise ValueError(f"there is no folder {Path(engine.url.database).resolve().parent}")
+        elif Path(engine.url.database or ".").is_file():
+            Path(engine.url.database).open("rb").close()
     except ImportError as error:
         reason = f"its driver is not installed ({error}); for postgresql:// `pip install 'psycopg[binary]'`"
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
         reason = str(error).splitlines()[0]
+    except OSError as error:
+        reason = error.strerror
     else:
         return
     url = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", settings.storage_url)  # no password in a log
@@ -462,9 +466,8 @@ class Run:
             versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
         write_sealed(record_path(self.settings, self.step.number), self.record)
-        with written_beside(
-            self.folder / "settings.yaml"
-        ) as beside:  # after the record, which says that it is this step's
+        # After the record, which says that it is this step's.
+        with written_beside(self.folder / "settings.yaml") as beside:
             beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         return True
 

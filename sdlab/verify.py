@@ -24,6 +24,7 @@ from sdlab.files import (
     files_below,
     read_json,
     read_sealed,
+    reading,
     sha256_of_file,
 )
 from sdlab.run import STEPS, WRITES, differences, digest, read_record
@@ -33,13 +34,8 @@ from sdlab.shards import read_manifest, shard_path
 # What a run leaves that is hashed nowhere: of no use to any later step, or checked otherwise.
 FREE = {"progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
 
-SETS_OF = {
-    "01": "after_1",
-    "02": "after_2",
-    "03": "after_3",
-    "04": "after_4",
-    "05": "scaling",
-}  # results that name a set
+# Results that name a set.
+SETS_OF = {"01": "after_1", "02": "after_2", "03": "after_3", "04": "after_4", "05": "scaling"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,15 @@ class Finding:
 def verify(settings: Settings, heard: Callable[[int], Any] | None = None) -> tuple[list[Finding], int]:
     """What is wrong with an experiment's folder, and how many files were read. `heard` is told each one's bytes.
 
-    Raises `BadInput` if there is no experiment.
+    Raises `BadInput` if there is no experiment, or if one of its files cannot be read, which says nothing of its content.
     """
     folder = settings.run_folder
     if not folder.is_dir():
         raise BadInput(f"There is no experiment folder {folder}: `sdlab run {settings.experiment}` makes it.")
+    for path in files_below(folder):
+        with reading(path), contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            if path.is_file():  # no pipe, which would wait
+                path.open("rb").close()
     return Verification(settings, heard or (lambda _: None)).findings()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import logging
@@ -61,8 +62,11 @@ def in_words(error: Exception, command: str) -> str:
     """One sentence for an error that ended a command."""
     if isinstance(error, BadInput):
         return str(error)
-    if number := refusal(error):  # of what is written outside any run: a terminal's temporary folder, a notebook's copy
-        return cannot_write(getattr(error, "filename", None) or tempfile.gettempdir(), number)
+    if number := refusal(error):  # of what lies outside any run: a terminal's temporary folder, a notebook's copy
+        where = getattr(error, "filename", None) or tempfile.gettempdir()
+        if number in (errno.EACCES, errno.EPERM, errno.EIO):
+            return f"{where} cannot be read or written ({os.strerror(number)}): mend that, and give the same command."
+        return cannot_write(where, number)
     said = str(error).strip() or "no words"
     return (
         f"This should not have happened ({type(error).__name__}: {said}): `sdlab --debug {command} ...` shows where, and what was "
@@ -146,7 +150,7 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
 @contextlib.contextmanager
 def at_work(settings: Settings, what: str) -> Iterator[None]:
     """One command that runs notebooks of an experiment at a time. Raises `BadInput` that names the other."""
-    os.environ["SDLAB_PROGRESS_FILE_ONLY"] = "1"
+    before, os.environ["SDLAB_PROGRESS_FILE_ONLY"] = os.environ.get("SDLAB_PROGRESS_FILE_ONLY", ""), "1"
     # Not in the run's folder, where a run that is refused may leave nothing.
     lock = Lock(scratch_folder(settings).with_suffix(".lock"), settings.run_folder, what)
     if lock.note:
@@ -154,6 +158,7 @@ def at_work(settings: Settings, what: str) -> Iterator[None]:
     try:
         yield
     finally:
+        os.environ["SDLAB_PROGRESS_FILE_ONLY"] = before
         lock.release()
 
 

@@ -3,6 +3,8 @@
 Each row is the real command line. Notebooks run in this process, which spares a kernel's seconds; two rows start one.
 """
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import io
@@ -11,10 +13,12 @@ import os
 import re
 import shutil
 import signal
+import stat
+import sys
 import tempfile
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import in_process  # noqa: F401  (registers papermill's engine)
 import numpy as np
@@ -34,7 +38,6 @@ from sdlab.settings import Settings
 from sdlab.workflow import cli
 
 SECONDS, LONGEST = 30, 700  # of a row, and characters of a sentence
-ROOT = os.geteuid() == 0  # whom no mode keeps out
 
 
 class World:
@@ -80,7 +83,7 @@ class Row:
     arguments: tuple = ("run", "{file}")
     code: int = 1  # 2: click's own errors, which begin with how the command is used
     kernel: bool = False  # in a process and a kernel of its own
-    marks: tuple = field(default=())
+    shut: bool = False  # what `make` gives is shut to this process
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -237,10 +240,6 @@ def odd_class(mine):
     (write_folder(mine, 6) / "cat").rename(mine / "a\nb")
 
 
-def unreadable_folder(mine):
-    write_folder(mine, 6).chmod(0)
-
-
 FOLDERS = [
     folder("empty", r"mine has 0 files, none of them an image that is read \(PNG, .*\): it needs one subfolder a class", lambda f: None),
     folder("no images", r"mine has 2 files, none of them an image that is read \(PNG, .*\): it needs", all_images(lambda p: p.rename(p.with_suffix(".txt")) if "000" in p.name else p.unlink())),
@@ -255,7 +254,6 @@ FOLDERS = [
     folder("a class not in train", r"class `emu` of .*mine has images in test/, but none in train/: add some", lambda f: (write_folder(f, 9, split="train"), write_folder(f, 9, ("emu",), "test"))),
     folder("a loop of links", r"mine/loop is a link to a folder that holds it: remove it", loop_of_folders),
     folder("a class of two lines", r"mine has the subfolder 'a\\+nb': rename it", odd_class),
-    folder("unreadable", r"mine cannot be read \(Permission denied\): give a folder that can", unreadable_folder, marks=(pytest.mark.skipif(ROOT, reason="root reads everything"),)),
 ]  # fmt: skip
 
 
@@ -589,7 +587,79 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-ROWS = [*PARAMETERS, *YAML, *FOLDERS, *IMAGES, *NPZ, *BASE, *STORAGE, *ARGUMENTS]
+# -------------------------------------------------------------------------------------------- another's files
+
+
+def shut(name, says, make, *arguments, **kinds):
+    """`make` gives what may be neither read nor written."""
+    return Row(f"another's: {name}", make, says, arguments or ("run", "{file}"), shut=True, **kinds)
+
+
+def of_mine(name):
+    def make(world):
+        mine = write_folder(world.path / "mine", 6)
+        world.parameters(dataset=str(mine))
+        return mine / name
+
+    return make
+
+
+def of_npz(world):
+    with_arrays()(world.path / "mine.npz")
+    world.parameters(dataset=str(world.path / "mine.npz"))
+    return world.path / "mine.npz"
+
+
+def of_run(name):
+    return lambda world: next(world.run().glob(name)) if name else world.run()
+
+
+def of_world(name, *folders):
+    def make(world):
+        world.parameters()
+        for folder in folders:
+            (world.path / folder).mkdir()
+        return world.path / name
+
+    return make
+
+
+DENIED = r" \(Permission denied\): mend that, and give the same command"
+OTHERS = [
+    shut("parameter file", r"given.yaml cannot be read \(Permission denied\): give one that can", of_world("given.yaml")),
+    shut("folder of images", r"mine cannot be read \(Permission denied\): give a folder that can; it needs", of_mine("")),
+    shut("class", r"mine/cat cannot be read" + DENIED, of_mine("cat")),
+    shut("image", r"mine/cat/000.png cannot be read" + DENIED, of_mine("cat/000.png")),
+    shut("npz", r"mine.npz cannot be read" + DENIED, of_npz),
+    shut("base model", r"base has no readable unet/config.json: it needs", lambda w: w.base()),
+    shut("UNet's folder", r"base has no readable unet/config.json: it needs", lambda w: w.base() / "unet"),
+    shut("UNet", r"unet/\S+.safetensors cannot be read" + DENIED, lambda w: w.base() / UNET),
+    shut("config", r"base has no readable vae/config.json: it needs", lambda w: w.base() / "vae/config.json"),
+    shut("folder of runs", r"runs_root/smoke/\S+ cannot be read or written" + DENIED, of_world("runs_root", "runs_root")),
+    shut("run", r"runs_root/smoke/\S+ cannot be read or written" + DENIED, of_run("")),
+    shut("run, status", r"runs_root/smoke/\S+ cannot be read or written" + DENIED, of_run(""), "status", "{file}"),
+    shut("run, verify", r"runs_root/smoke cannot be read" + DENIED, of_run(""), "verify", "{file}"),
+    shut("run, verify by its path", r"smoke/settings.yaml cannot be read or written" + DENIED, of_run(""), "verify", RUN),
+    shut("run, dashboard", r"smoke/searches.db cannot be read or written" + DENIED, of_run(""), "dashboard", "{file}"),
+    shut("settings of a run", r"smoke/settings.yaml cannot be read \(Permission denied\): give one that can", of_run("settings.yaml"), "verify", RUN),
+    shut("record", r"records/03.json cannot be read" + DENIED, of_run("records/03.json")),
+    shut("record, status", r"records/03.json cannot be read" + DENIED, of_run("records/03.json"), "status", "{file}"),
+    shut("records", r"records/00.json cannot be read or written" + DENIED, of_run("records"), "status", "{file}"),
+    shut("record, verify", r"records/03.json cannot be read" + DENIED, of_run("records/03.json"), "verify", "{file}"),
+    shut("shard, export", r"shard_00000.safetensors cannot be read" + DENIED, of_run("synthetic/*/shard_00000*"), "export", "{file}", "{path}/out"),
+    shut("shard, verify", r"shard_00000.safetensors cannot be read" + DENIED, of_run("synthetic/*/shard_00000*"), "verify", "{file}"),
+    shut("manifest, verify", r"manifest.json cannot be read" + DENIED, of_run("synthetic/*/manifest.json"), "verify", "{file}"),
+    shut("checkpoint, verify", r"unet/epoch_01 cannot be read" + DENIED, of_run("unet/epoch_01"), "verify", "{file}"),
+    shut("metrics, verify", r"metrics/search_1.json cannot be read" + DENIED, of_run("metrics/search_1.json"), "verify", "{file}"),
+    shut("database, verify", r"searches.db cannot be read" + DENIED, of_run("searches.db"), "verify", "{file}"),
+    shut("database, dashboard", r"searches.db cannot be opened \(Permission denied\): check the `storage` setting", of_run("searches.db"), "dashboard", "{file}"),
+    shut("folder to export to", r"mine/out' can be no file here \(Permission denied\): give another name", lambda w: (w.run(), (w.path / "mine").mkdir(), w.path / "mine")[-1], "export", "{file}", "{path}/mine/out"),
+    shut("run, --redo", r"smoke/.lock cannot be written \(Permission denied\): make that folder writable", of_run(""), "run", "{file}", "--redo", "05"),
+    shut("set, repair", r"smoke/synthetic cannot be read" + DENIED, of_run("synthetic"), "repair", "{file}", "synthetic/0123456789abcdef"),
+]  # fmt: skip
+
+
+ROWS = [*PARAMETERS, *YAML, *FOLDERS, *IMAGES, *NPZ, *BASE, *STORAGE, *ARGUMENTS, *OTHERS]
 
 
 # -------------------------------------------------------------------------------------------------------- tests
@@ -617,6 +687,34 @@ def no_hang():
     signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def shut_to_this_process(path):
+    """A file or folder without any mode bit, whoever this is."""
+    mode = path.stat().st_mode
+    with obeying_modes() if os.geteuid() == 0 else contextlib.nullcontext():
+        path.chmod(0)
+        try:
+            with pytest.raises(PermissionError):
+                list(path.iterdir()) if stat.S_ISDIR(mode) else path.read_bytes()
+            yield
+        finally:
+            path.chmod(mode)
+
+
+@contextlib.contextmanager
+def obeying_modes():
+    """Root without the two capabilities (bits 1 and 2) that let it pass modes."""
+    if sys.platform != "linux":
+        pytest.skip("root passes all modes")
+    libc, header, kept = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, kept) == 0
+    assert libc.capset(header, (ctypes.c_uint32 * 6)(kept[0] & ~0b110, *kept[1:])) == 0
+    try:
+        yield
+    finally:
+        libc.capset(header, kept)
+
+
 def given(row, world):
     """Exit code and stderr of a row's command."""
     arguments = [part.format(file=world.file, path=world.path) for part in row.arguments]
@@ -627,11 +725,12 @@ def given(row, world):
     return done.exit_code, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=row.marks) for row in ROWS])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
 def test_a_bad_input_gets_one_sentence_and_leaves_everything_as_it_was(row, world):
-    row.make(world)
+    made = row.make(world)
     before = world.listing()
-    code, out, err = given(row, world)
+    with shut_to_this_process(made) if row.shut else contextlib.nullcontext():
+        code, out, err = given(row, world)
     assert code == row.code, (out, err)
     *usage, sentence = err.removesuffix("\n").split("\n")
     assert sentence.startswith("Error: ") and re.search(row.says, sentence), err
