@@ -150,11 +150,11 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
 @contextlib.contextmanager
 def at_work(settings: Settings, what: str) -> Iterator[None]:
     """One command that runs notebooks of an experiment at a time. Raises `BadInput` that names the other."""
-    before, os.environ["SDLAB_PROGRESS_FILE_ONLY"] = os.environ.get("SDLAB_PROGRESS_FILE_ONLY", ""), "1"
     # Not in the run's folder, where a run that is refused may leave nothing.
     lock = Lock(scratch_folder(settings).with_suffix(".lock"), settings.run_folder, what)
     if lock.note:
         click.echo(lock.note, err=True)
+    before, os.environ["SDLAB_PROGRESS_FILE_ONLY"] = os.environ.get("SDLAB_PROGRESS_FILE_ONLY", ""), "1"
     try:
         yield
     finally:

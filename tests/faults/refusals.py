@@ -5,11 +5,14 @@
 After each, what was finished has to be intact, nothing half-written left, `verify` content, and the sentence one that says
 what could not be written, why and what to do; of every `--gone-on-with`th the step is run again and compared byte for byte.
 `--writes 0`: one of each kind. Full and read-only disks are small tmpfs mounts, which need root: without it they
-are left out, and the last lines, which docs/reliability.md shows, say so. Exit code 1 if anything was wrong.
+are left out, and the last line, which docs/reliability.md shows, says so. Given again, the suite goes on where it was
+(`refusals.jsonl`). Exit code 1 if anything was wrong.
 """
 
 import contextlib
 import errno
+import functools
+import json
 import os
 import random
 import re
@@ -18,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -27,6 +30,8 @@ from attempts import NUMBERS, attempt, before, content, differing, make_stages
 from sdlab.settings import Settings
 from sdlab.verify import verify
 
+ERRORS = (errno.ENOSPC, errno.EIO)  # in turn
+ROOM = "it found room"
 # What a step that is refused may still have changed: it says that it began, and searches keep their trials.
 GROWING = ("settings.yaml", ".lock", "test_readings.jsonl", "searches.db", "progress.json", "artifacts/", "pictures/")
 SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished before is intact, and the same command goes .+\.)|"
@@ -77,11 +82,10 @@ def what_is_wrong(folder: Path, file: Path, step: str, ended: dict, number: int,
     return wrong
 
 
-def refused_write(folder: Path, index: int, step: str, place: int, again: bool) -> list[str]:
-    number = (errno.ENOSPC, errno.EIO)[index % 2]
+def refused_write(folder: Path, step: str, place: int, number: int, again: bool) -> tuple[list[str], str]:
     file = before(folder, step, folder / "refused")
     ended = attempt(file, step, at=place, number=number)
-    return what_is_wrong(folder, file, step, ended, number, again)
+    return what_is_wrong(folder, file, step, ended, number, again), ended["said"]
 
 
 @contextlib.contextmanager
@@ -97,10 +101,9 @@ def disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def full_disk(folder: Path, index: int, stages: dict[str, dict]) -> tuple[str, list[str], str]:
+def full_disk(folder: Path, step: str, index: int, stages: dict[str, dict]) -> tuple[list[str], str]:
     """A step whose disk is full at a seeded point of what it writes; then there is room again, and it is gone on with."""
     rng = random.Random(f"full {index}")
-    step = NUMBERS[1 + index % (len(NUMBERS) - 1)]
     grown = [sum(p.stat().st_size for p in (folder / f"after_{n}").rglob("*") if p.is_file()) for n in NUMBERS]
     here = NUMBERS.index(step)
     writes = grown[here] - grown[here - 1]
@@ -120,8 +123,8 @@ def full_disk(folder: Path, index: int, stages: dict[str, dict]) -> tuple[str, l
             ended = attempt(file, step)
         filler.unlink(missing_ok=True)
         if not ended["said"] and not ended["crash"]:
-            return step, [], "it found room"
-        return step, what_is_wrong(folder, file, step, ended, errno.ENOSPC, True), ended["said"]
+            return [], ROOM
+        return what_is_wrong(folder, file, step, ended, errno.ENOSPC, True), ended["said"]
 
 
 def fill(filler: Path, free: int) -> None:
@@ -131,7 +134,7 @@ def fill(filler: Path, free: int) -> None:
             full.write(b"\0" * min(left, 2**20))
 
 
-def read_only_disk(folder: Path, step: str) -> list[str]:
+def read_only_disk(folder: Path, step: str) -> tuple[list[str], str]:
     """A step, and the commands that only look, where nothing can be written."""
     sdlab = Path(sys.executable).with_name("sdlab")
     with disk(folder / "disk", 400) as place:
@@ -145,10 +148,10 @@ def read_only_disk(folder: Path, step: str) -> list[str]:
             if done.returncode != code or "Traceback" in done.stderr or len(done.stderr.splitlines()) != code:
                 wrong.append(f"sdlab {command}: {done.returncode}, {done.stdout[-300:]}{done.stderr[-600:]}")
         subprocess.run(["mount", "-o", "remount,rw", place], check=True)
-        ended = attempt(file, step)
-        wrong += [text for text in (ended["said"], ended["crash"]) if text]
+        again = attempt(file, step)
+        wrong += [text for text in (again["said"], again["crash"]) if text]
         wrong += differing(content(place / "runs/smoke"), content(folder / f"after_{step}" / "smoke"))
-    return wrong
+    return wrong, ended["said"]
 
 
 def can_mount(folder: Path) -> bool:
@@ -170,29 +173,37 @@ def can_mount(folder: Path) -> bool:
 def main(folder: Path, writes: int, full: int, read_only: int, gone_on_with: int) -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    stages, bad = make_stages(folder), 0
+    stages, state = make_stages(folder), folder / "refusals.jsonl"
+    rows = {row["what"]: row for row in map(json.loads, state.read_text().splitlines())} if state.exists() else {}
 
-    def tell(what: str, wrong: list[str]) -> None:
-        nonlocal bad
-        bad += bool(wrong)
-        click.echo(f"{what}: {'; '.join(wrong) or 'as promised'}")
+    def tried(what: str, attempted: Callable[[], tuple[list[str], str]]) -> dict:
+        """Once, and then kept: the suite goes on where it was."""
+        if what not in rows:
+            wrong, said = attempted()
+            rows[what] = dict(what=what, wrong=wrong, said=said)
+            with state.open("a") as file:
+                file.write(json.dumps(rows[what]) + "\n")
+        row = rows[what]
+        click.echo(f"{what}: {'; '.join(row['wrong']) or 'as promised'} ({row['said'][:90]})")
+        return row
 
-    chosen = chosen_writes(stages, writes)
+    chosen, mounted = chosen_writes(stages, writes), can_mount(folder) and full
+    refused, filled, shut = [], [], []
     for index, (step, place) in enumerate(chosen):
-        again = index % gone_on_with == 0
-        tell(f"{step}, {stages[step]['asked'][place - 1]}", refused_write(folder, index, step, place, again))
-    mounted, reached = can_mount(folder) and full, 0
-    if mounted:
-        for index in range(full):
-            step, wrong, said = full_disk(folder, index, stages)
-            reached += said != "it found room"
-            tell(f"{step}, a full disk ({said[:90]})", wrong)
-        for step in NUMBERS[:read_only]:
-            tell(f"{step}, a read-only disk", read_only_disk(folder, step))
+        number, again = ERRORS[index % 2], index % gone_on_with == 0
+        what = f"{step}, {errno.errorcode[number]}, {stages[step]['asked'][place - 1]}"
+        refused.append(tried(what, functools.partial(refused_write, folder, step, place, number, again)))
+    for index in range(full if mounted else 0):
+        step = NUMBERS[1 + index % (len(NUMBERS) - 1)]
+        what = f"{step}, a disk that fills up ({index})"
+        filled.append(tried(what, functools.partial(full_disk, folder, step, index, stages)))
+    for step in NUMBERS[: read_only if mounted else 0]:
+        shut.append(tried(f"{step}, a read-only disk", functools.partial(read_only_disk, folder, step)))
+    reached, bad = sum(row["said"] != ROOM for row in filled), [row for row in refused + filled + shut if row["wrong"]]
     click.echo(
-        f"writes refused: {len(chosen)} ({len({kind(a) for s in NUMBERS for a in stages[s]['asked']})} kinds in all); full disks: "
-        + (f"{reached} of {full}; read-only ones: {read_only}" if mounted else "left out, nothing can be mounted here")
-        + f"; not as promised: {bad}"
+        f"writes refused: {len(refused)} ({len({kind(a) for s in NUMBERS for a in stages[s]['asked']})} kinds in all); full disks: "
+        + (f"{reached} of {full}; read-only ones: {len(shut)}" if mounted else "left out, nothing can be mounted here")
+        + f"; not as promised: {len(bad)}"
     )
     sys.exit(bool(bad))
 

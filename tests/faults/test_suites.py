@@ -48,4 +48,7 @@ def test_disks_that_refuse_get_one_sentence_and_lose_nothing(folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     last = done.stdout.splitlines()[-1]
     assert last.startswith("writes refused: 5 (") and last.endswith("; not as promised: 0")
+    again = command(sys.executable, FAULTS / "refusals.py", "--folder", folder, *asked)  # goes on
+    assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()
+    assert len((folder / "refusals.jsonl").read_text().splitlines()) == len(done.stdout.splitlines()) - 1
     assert os.geteuid() or "read-only ones: 1" in last or "nothing can be mounted here" in last
