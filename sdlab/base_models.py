@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from sdlab.files import reading, sha256_of_file, sha256_of_json
+from sdlab.files import sha256_of_file, sha256_of_json
 from sdlab.settings import PROJECT_ROOT, BadInput, Settings, brief
 
 if TYPE_CHECKING:  # diffusers is the slowest import of all: whoever only reads results does without
@@ -353,8 +353,7 @@ def unloaded(settings: Settings) -> BaseModel:
 def checked_sha256(path: Path, source: str) -> str:
     """Raises `BadInput` for a file that is cut short or no safetensors."""
     try:
-        with reading(path):
-            found = sha256_of_file(path)
+        found = sha256_of_file(path)
         with safe_open(path, "pt"):
             return found
     except BadInput:

@@ -21,7 +21,8 @@ from sdlab.settings import BadInput
 
 
 def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
+    """Raises `BadInput` for a file that cannot be read."""
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

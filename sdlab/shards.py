@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.files import checked_form, read_sealed, reading, sha256_of_file
+from sdlab.files import checked_form, read_sealed, sha256_of_file
 from sdlab.settings import BadInput
 
 
@@ -43,9 +43,7 @@ def stored_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.nda
         path = shard_path(folder, index)
         if not path.is_file() or str(index) not in shards:
             raise BadInput(f"{path} is missing: run its step again, which makes it.")
-        with reading(path):
-            found = sha256_of_file(path)
-        if found != shards[str(index)]["sha256"]:
+        if sha256_of_file(path) != shards[str(index)]["sha256"]:
             raise BadInput(f"{path} is truncated or altered: move it away and run its step again, which makes it anew.")
         try:
             held, left = load_file(path), count - index * size

@@ -30,6 +30,7 @@ from sdlab.files import (
     checkpoint_hashes,
     checkpoint_sha,
     read_json,
+    reading,
     sha256_of_file,
     sha256_of_json,
     write_json,
@@ -388,6 +389,8 @@ def load_resume_state(
     if not path.exists():
         return Position()
     try:
+        with reading(path):  # safetensors would say that it is not there
+            path.open("rb").close()
         with safe_open(path, "pt") as file:
             kept, names = json.loads(file.metadata()["sdlab"]), sorted(file.keys())
         sha256 = kept.pop("sha256")

@@ -1,7 +1,10 @@
 """Fixtures: a base model of a few thousand parameters in diffusers' folder format, and settings of smoke depth."""
 
+import contextlib
+import ctypes
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +32,34 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH
 
 def command(*arguments, cwd=None):
     return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
+
+
+@contextlib.contextmanager
+def shut_to_this_process(path):
+    """A file or folder without any mode bit, whoever this is."""
+    mode = path.stat().st_mode
+    with obeying_modes() if os.geteuid() == 0 else contextlib.nullcontext():
+        path.chmod(0)
+        try:
+            with pytest.raises(PermissionError):
+                list(path.iterdir()) if stat.S_ISDIR(mode) else path.read_bytes()
+            yield
+        finally:
+            path.chmod(mode)
+
+
+@contextlib.contextmanager
+def obeying_modes():
+    """Root without the two capabilities (bits 1 and 2) that let it pass modes."""
+    if sys.platform != "linux":
+        pytest.skip("root passes all modes")
+    libc, header, kept = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, kept) == 0
+    assert libc.capset(header, (ctypes.c_uint32 * 6)(kept[0] & ~0b110, *kept[1:])) == 0
+    try:
+        yield
+    finally:
+        libc.capset(header, kept)
 
 
 def record_of(**given):

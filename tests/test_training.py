@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shut_to_this_process
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -275,6 +276,19 @@ def test_a_damaged_resume_state_is_refused(base, moments, tmp_path, how):
     damaged(tmp_path / "resume.safetensors", how)
     with pytest.raises(BadInput, match=r"resume\.safetensors is damaged"):
         fit(base, moments, tmp_path, plan())
+
+
+@pytest.mark.parametrize("name", ["resume.safetensors", "epoch_01/diffusion_pytorch_model.safetensors", "history.json"])
+def test_what_may_not_be_read_is_not_called_damaged(base, moments, tmp_path, name):
+    """What is damaged is to be moved away, which here would cost the training."""
+    with pytest.raises(Killed):
+        fit(base, moments, tmp_path, plan(), progress=DiesAt(5))
+    with (
+        shut_to_this_process(tmp_path / name),
+        pytest.raises(BadInput, match=rf"{name} cannot be read \(Permission denied\): mend that, and give the same"),
+    ):
+        fit(base, moments, tmp_path, plan())
+        load_checkpoint(ClassTable, tmp_path, 1)
 
 
 def test_a_class_encoders_checkpoint_is_its_table(base, moments, tmp_path):
