@@ -34,7 +34,8 @@ def sha256_of_json(value: Any) -> str:
 REFUSALS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make that folder writable, or name another one"),
-    errno.EFBIG: "that disk takes no files of this size: name another one",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open (`ulimit -n`)"),
+    errno.EFBIG: "that disk, or `ulimit -f`, takes no files of this size: name another one",
     errno.EIO: "the disk is failing: name another one",
 }
 

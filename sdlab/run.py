@@ -299,6 +299,8 @@ def check_storage(settings: Settings) -> None:
     import sqlalchemy
 
     try:
+        if set("{}") & set(settings.storage_url):
+            raise ValueError("Optuna formats what stands between braces: write %7B for { and %7D for }")
         engine = sqlalchemy.create_engine(settings.storage_url)
         if engine.dialect.name != "sqlite":
             engine.connect().close()

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -350,7 +351,8 @@ class Settings:
 
     @property
     def storage_url(self) -> str:
-        return self.storage or f"sqlite:///{self.run_folder / 'searches.db'}"
+        # Quoted, since a `?` would begin the URL's options, and Optuna formats what stands between braces.
+        return self.storage or f"sqlite:///{quote(str(self.run_folder / 'searches.db'))}"
 
 
 def checked(f: dataclasses.Field, value: Any) -> Any:

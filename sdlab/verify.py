@@ -338,7 +338,7 @@ def stored_trials(path: Path, study: str) -> Iterator[tuple[int, str, dict, dict
 
     Raises `sqlite3.Error`, or `KeyError`, `TypeError`, ... where the tables hold something else.
     """
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
         if (said := database.execute("pragma integrity_check").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(said)
         trials = database.execute(

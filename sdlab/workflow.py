@@ -63,7 +63,7 @@ def in_words(error: Exception, command: str) -> str:
     if isinstance(error, BadInput):
         return str(error)
     if number := refusal(error):  # of what lies outside any run: a terminal's temporary folder, a notebook's copy
-        where = getattr(error, "filename", None) or tempfile.gettempdir()
+        where = getattr(error, "filename", None) or f"{tempfile.gettempdir()}, or where this command prints to,"
         if number in (errno.EACCES, errno.EPERM, errno.EIO):
             return f"{where} cannot be read or written ({os.strerror(number)}): mend that, and give the same command."
         return cannot_write(where, number)
@@ -229,8 +229,8 @@ def execute(settings: Settings, step: Step) -> float:
         output = folder / f"{step.stem}.ipynb"
         try:
             papermill.execute_notebook(
-                NOTEBOOKS / f"{step.stem}.ipynb",
-                output,
+                unformatted(NOTEBOOKS / f"{step.stem}.ipynb"),
+                unformatted(output),
                 parameters=settings.as_dict(),
                 progress_bar=False,
                 cwd=NOTEBOOKS,
@@ -253,6 +253,11 @@ def execute(settings: Settings, step: Step) -> float:
     return time.monotonic() - started
 
 
+def unformatted(path: Path) -> str:
+    """A path for papermill, which formats what stands between braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def failure(step: Step, error, kept: Path | None) -> str:
     """The failing cell's error in words: a `BadInput` is a sentence already."""
     if error.ename == "BadInput":
@@ -267,15 +272,23 @@ def keep_executed(settings: Settings, step: Step, output: Path) -> Path | None:
         return None
     text = output.read_text(encoding="utf-8")
     if settings.storage:  # may hold a password
-        text = text.replace(json.dumps(settings.storage)[1:-1], "(storage)")
+        for form in as_in_notebooks(settings.storage):
+            text = text.replace(form, "(storage)")
     for path in (str(output.parent), str(PROJECT_ROOT)):
-        text = text.replace(json.dumps(path)[1:-1] + "/", "").replace(json.dumps(path)[1:-1], ".")
+        for form in as_in_notebooks(path):
+            text = text.replace(form + "/", "").replace(form, ".")
     kept = settings.run_folder / "notebooks" / output.name
     with written_beside(kept) as beside:
         beside.write_text(text, encoding="utf-8")
     if step.number in STEPS:
         note_notebook(settings, step, kept)
     return kept
+
+
+def as_in_notebooks(text: str) -> tuple[str, str]:
+    """How a text stands in a notebook's file: in an output, and in the parameters that papermill writes."""
+    escaped = text.encode("unicode_escape").decode().replace('"', r"\"")
+    return tuple(json.dumps(form, ensure_ascii=False)[1:-1] for form in (text, escaped))
 
 
 def publish(settings: Settings) -> None:

@@ -26,6 +26,8 @@ from sdlab.settings import Settings
 
 torch.set_num_threads(1)
 SMOKE = Path(__file__).parent / "smoke.yaml"
+# A folder as people name them: what means something to URLs, patterns, format strings and shells.
+ODD_NAME = "Zoë's runs #1 [50%20] {x} $HOME & more? "
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
@@ -132,7 +134,7 @@ def data() -> ImageDataset:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A parameter file of smoke depth whose runs and reports lie in a folder of their own."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp(ODD_NAME)
     given = yaml.safe_load(SMOKE.read_text()) | dict(
         runs_root=str(folder / "runs"), reports_root=str(folder / "reports")
     )

@@ -46,15 +46,15 @@ def test_a_notebook_before_its_upstream_says_which_to_run(world, tmp_path):
         (dict(experiment="smoke", dataset="digits", unet_learning_rate="1e-4"), "Write 0.0001 without quotes"),
     ],
 )
-def test_bad_parameters_through_plain_papermill(world, parameters, said):
-    (world / "bad.yaml").write_text(yaml.safe_dump(parameters))
+def test_bad_parameters_through_plain_papermill(tmp_path, parameters, said):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(parameters))
     done = command(
         BIN / "papermill",
         PROJECT_ROOT / "notebooks/07_paper_tables.ipynb",
-        world / "bad.ipynb",
+        tmp_path / "bad.ipynb",
         "-f",
-        world / "bad.yaml",
-        cwd=world,
+        tmp_path / "bad.yaml",
+        cwd=tmp_path,
     )
     assert done.returncode != 0 and said in done.stderr.strip().splitlines()[-1]
     assert not (PROJECT_ROOT / "runs" / "smoke").exists()

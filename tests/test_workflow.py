@@ -1,5 +1,6 @@
 """The command line: one sentence and exit code 1 for bad input, and nothing written."""
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 from urllib.error import URLError
 
+import nbformat
+import papermill
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -16,7 +19,7 @@ from sdlab import workflow
 from sdlab.datasets import load_dataset
 from sdlab.files import write_json
 from sdlab.planning import make_plan
-from sdlab.run import Run
+from sdlab.run import STEPS, Run
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
 from sdlab.workflow import Watcher, cli, plain_table
 
@@ -90,6 +93,33 @@ def test_data_that_cannot_be_fetched_stop_a_run_before_its_first_notebook(tmp_pa
 def test_bad_arguments(arguments, said):
     done = invoke(*arguments)
     assert done.exit_code == 1 and said in done.output and "Traceback" not in done.output
+
+
+def test_no_password_and_no_path_of_this_machine_stay_in_an_executed_copy(file, tmp_path):
+    """However a notebook's file writes them: as they are in outputs, escaped in the parameters that papermill writes."""
+    storage, settings = 'postgresql://me:gehe"im\\ß@host/x', Settings.from_file(file())
+    settings = dataclasses.replace(settings, storage=storage)
+    folder = tmp_path / "für {mich}"
+    for made in (folder, settings.run_folder):
+        made.mkdir(parents=True)
+    output = folder / "00_data_and_base_model.ipynb"
+    cells = [
+        nbformat.v4.new_code_cell("storage = ''", metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("stream", text=f"{storage}, {folder}/x, {PROJECT_ROOT}")]),
+    ]  # fmt: skip
+    notebook = nbformat.v4.new_notebook(
+        cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="x"))
+    )
+    nbformat.write(notebook, output)
+    given = dict(storage=storage, runs_root=f"{folder}/runs")
+    papermill.execute_notebook(
+        workflow.unformatted(output), workflow.unformatted(output), given, prepare_only=True, progress_bar=False
+    )
+    text = workflow.keep_executed(settings, STEPS["00"], output).read_text()
+    assert all(word not in text for word in ("gehe", "f\\\\xfcr", "für", str(PROJECT_ROOT)))
+    _, injected, shown = nbformat.reads(text, 4).cells
+    assert 'storage = "(storage)"' in injected.source and 'runs_root = "runs"' in injected.source
+    assert shown.outputs[0].text == "(storage), x, ."
 
 
 def test_the_dashboard_needs_a_search(file):
