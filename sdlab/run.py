@@ -109,6 +109,22 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def made_with(base: Any) -> dict[str, str | int]:
+    """What the last bits of results depend on: versions; where a base model computes, its device, and a CPU's threads."""
+    found = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    torch, device = sys.modules.get("torch"), getattr(base, "device", None)
+    if torch is None or device is None:
+        return found
+    if device.type == "cuda":
+        return found | dict(device=torch.cuda.get_device_name(device))
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    kind = "" if device.type == "cpu" else f"{device.type} of "
+    device = f"{kind}{name} ({torch.backends.cpu.get_cpu_capability()})"
+    return found | dict(device=device, threads=torch.get_num_threads())
+
+
 # -------------------------------------------------------------------------------------------------- records
 
 
@@ -139,7 +155,27 @@ def read_record(settings: Settings, number: str) -> dict | None:
         if not inside(name):
             raise BadInput(f"{path} names {name!r}, which is outside the folder: move it away and run its step again.")
         checked_form(noted, dict(sha256=str, bytes=int), path)
+    means = checked_form(
+        dict(made_with={}, made_with_before=[]) | record, dict(made_with=dict, made_with_before=list), path
+    )
+    for before in means["made_with_before"]:
+        checked_form(before, {}, path)
     return record
+
+
+def change_within(record: dict) -> str:
+    """One sentence if a step was not gone on with as it was begun, else nothing."""
+    for before in record.get("made_with_before", []):
+        if changed := changes(before, record["made_with"]):
+            return (
+                f"{record['step']} was begun with other means than it went on with ({', '.join(changed)}): what it made is as good, "
+                "but not the same bytes as in one go."
+            )
+    return ""
+
+
+def changes(before: dict, after: dict) -> list[str]:
+    return [f"{name} {was} -> {after[name]}" for name, was in before.items() if after.get(name, was) != was]
 
 
 def digest(record: dict) -> str:
@@ -430,7 +466,7 @@ class Run:
             self.record = read_record(settings, self.step.number)
             self.finished = self.record is None or state.state == "done"
         else:
-            self.finished = state.state == "done" or not self.begin()
+            self.finished = state.state == "done" or not self.begin(base)
         told = not (self.finished or helping)
         self.progress = functools.partial(Progress, self.folder / "progress.json" if told else None)
 
@@ -444,7 +480,7 @@ class Run:
                     f"saw in {self.folder} (its content differs): restore it, or give the experiment another name."
                 )
 
-    def begin(self) -> bool:
+    def begin(self, base: Any) -> bool:
         """Take the folder and record the step as begun; False if another process finished it meanwhile."""
         self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
         if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # `sdlab run` says it itself
@@ -465,8 +501,14 @@ class Run:
             finished=None,
             seconds=before["seconds"] + self.lost_seconds(before) if before else 0.0,
             opened_at=time.time(),
-            versions={name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            made_with=made_with(base),
+            made_with_before=[],
         )
+        if before:
+            means = [*before.get("made_with_before", []), before.get("made_with", {})]
+            self.record["made_with_before"] = [m for m in means if changes(m, self.record["made_with"])]
+            if note := change_within(self.record):
+                print(note)
         write_sealed(record_path(self.settings, self.step.number), self.record)
         # After the record, which says that it is this step's.
         with written_beside(self.folder / "settings.yaml") as beside:

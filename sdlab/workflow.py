@@ -29,6 +29,7 @@ from sdlab.run import (
     Lock,
     Run,
     Step,
+    change_within,
     check_step,
     check_storage,
     move_aside,
@@ -141,6 +142,8 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
             seconds = execute(settings, step)
             executed += 1
             click.echo(f"{step.stem:<24} {seconds:7.1f} s")
+            if note := change_within(read_record(settings, step.number)):
+                click.echo(note, err=True)
     if until == max(STEPS):
         publish(settings)
         show_tables(settings)

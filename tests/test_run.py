@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdlab.files import (
     alone,
@@ -21,7 +22,7 @@ from sdlab.files import (
     write_sealed,
     written_beside,
 )
-from sdlab.run import STEPS, Lock, Run, read_record, step_state
+from sdlab.run import STEPS, Lock, Run, change_within, read_record, step_state
 from sdlab.settings import BadInput
 
 
@@ -201,6 +202,25 @@ def test_a_notebooks_cell_can_be_run_twice(settings):
     first.lock.release()  # nothing: the second took it over
     assert settings.run_folder / ".lock" in Lock.held
     second.lock.release()
+
+
+def test_a_step_that_goes_on_with_other_means_says_so(settings, capsys, monkeypatch):
+    """The same bytes are promised for the same device, threads and versions only."""
+    base, said = Named("base"), "(threads 1 -> 2): what it made is as good, but not the same bytes as in one go."
+    base.device = torch.device("cpu")
+    notes = []
+    for threads in (1, 1, 2, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        run = Run(settings, "00_data_and_base_model", base=base)
+        run.lock.release()
+        notes.append(capsys.readouterr().out.strip())
+        assert change_within(read_record(settings, "00")) == notes[-1]
+    assert notes[:2] == ["", ""] and all(note.endswith(said) for note in notes[2:])
+    assert (
+        run.record["made_with"]["torch"] == torch.__version__.partition("+")[0]
+        and "(" in run.record["made_with"]["device"]
+    )
+    assert [means["threads"] for means in run.record["made_with_before"]] == [1]
 
 
 def test_a_released_lock_is_free(tmp_path):

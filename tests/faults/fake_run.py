@@ -53,7 +53,7 @@ def write_run(settings: Settings) -> Path:
             finished="2026-01-01T00:00:01+00:00",
             seconds=1.0,
             opened_at=1e9 + int(number),
-            versions={},
+            made_with={},
         )
         write_sealed(record_path(settings, number), record)
     notebook = folder / "notebooks" / "07_paper_tables.ipynb"
