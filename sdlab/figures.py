@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from sdlab.images import ImageDataset, Split
 from sdlab.importance import LABELS
 
+plt.rcParams["text.parse_math"] = False  # a class may be called "$5 to $10"
+
 
 def image_grid(split: Split, per_class: int, title: str) -> Figure:
     """The first images of each class, a row a class (at most 16 classes)."""

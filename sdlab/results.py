@@ -312,15 +312,25 @@ def table_2_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
     return with_yardsticks(text, table)
 
 
+def with_names(text: pd.DataFrame, escaped: Callable[[str], str]) -> list[list[str]]:
+    """The cells; those of the first two columns are names, which a user chose and which are no markup."""
+    rows = [[str(cell) for cell in row] for row in text.to_numpy().tolist()]
+    return [[*map(escaped, row[:2]), *row[2:]] for row in rows]
+
+
 def to_markdown(text: pd.DataFrame) -> str:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in text.to_numpy().tolist()]
+    cells = with_names(text, lambda name: re.sub(r"[\\|*_`<\[]", r"\\\g<0>", name))
     lines = [list(text.columns), ["---"] * len(text.columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def to_latex(text: pd.DataFrame) -> str:
     columns = "ll" + "r" * (len(text.columns) - 2)
-    escaped = [[re.sub(r"[%_#&]", r"\\\g<0>", str(cell)) for cell in row] for row in text.to_numpy().tolist()]
+    words = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+    escaped = with_names(
+        text,
+        lambda name: re.sub(r"[%_#&{}$\\~^]", lambda c: f"\\{words[c[0]]}{{}}" if c[0] in words else f"\\{c[0]}", name),
+    )
     body = [" & ".join(row) + r" \\" for row in [list(text.columns), *escaped]]
     return "\n".join(
         [
@@ -557,11 +567,13 @@ def draw_table(text: pd.DataFrame, title: str, path: Path) -> None:
         grey = row["who"] in ("paper", "ours: not run", "difference")
         for start, column in zip(starts, text.columns, strict=True):
             shown = str(row[column])
-            plain = shown.replace("*", "").replace("°", "")
-            weight = "bold" if "*" in shown else "normal"
-            axes.text(start, y, plain, size=8, va="center", weight=weight, color="0.45" if grey else "black")
-            if "°" in shown:
-                axes.plot([start, start + 0.82 * len(plain)], [y + 0.38] * 2, lw=0.8, color="0.45" if grey else "black")
+            name = column in ("data set", "who")  # which a user chose: no markup
+            plain = shown if name else shown.replace("*", "").replace("°", "")
+            weight = "bold" if "*" in shown and not name else "normal"
+            colour = "0.45" if grey else "black"
+            axes.text(start, y, plain, size=8, va="center", weight=weight, color=colour, parse_math=False)
+            if "°" in shown and not name:
+                axes.plot([start, start + 0.82 * len(plain)], [y + 0.38] * 2, lw=0.8, color=colour)
     with written_beside(path) as beside:
         figure.savefig(beside, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1)
 
@@ -600,7 +612,8 @@ def draw_scaling(table: pd.DataFrame, title: str):
         axes.axhline(
             real.majority, color="black", lw=1, ls="--", label=f"always the commonest class: {real.majority:.1f} %"
         )
-    axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)", title=title)
+    axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)")
+    axes.set_title(title, parse_math=False)
     axes.set_xticks(k)
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.3)
@@ -625,7 +638,7 @@ def draw_steps(table: pd.DataFrame, real: float, title: str):
     ]
     axes.set_xticks(range(4), labels)
     axes.set(ylabel="CAS (%)", ylim=(0, 102))
-    axes.set_title(title, pad=24)
+    axes.set_title(title, pad=24, parse_math=False)
     figure.tight_layout()
     return figure
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -315,7 +316,7 @@ def plain_table(markdown: str) -> str:
     """A Markdown table with aligned columns; lines of data sets that were not run, and the paper's, left out."""
     lines = []
     for line in markdown.replace("<u>", "_").replace("</u>", "_").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
         if not line.startswith("| "):
             lines.append(line)
         elif len(cells) < 2 or cells[1] not in ("paper", "difference", "ours: not run"):

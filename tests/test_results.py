@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import record_of
 
-from sdlab import paper, results
+from sdlab import figures, paper, results
 from sdlab.files import write_json, write_sealed
 from sdlab.results import (
     LATEX,
@@ -26,6 +26,7 @@ from sdlab.results import (
     to_markdown,
 )
 from sdlab.run import StepState
+from sdlab.workflow import plain_table
 
 
 def scored(accuracies, n=500):
@@ -238,9 +239,24 @@ def test_every_cas_stands_beside_what_it_has_to_be_read_against(experiments):
 
 
 def test_names_cannot_break_a_table():
-    text = pd.DataFrame([{"data set": "cats & dogs #1 | all", "who": "a_b"}])
-    assert r"cats & dogs #1 \| all" in results.to_markdown(text)
-    assert r"cats \& dogs \#1 | all & a\_b" in results.to_latex(text)
+    name = "cats & dogs #1 | all {x} $y^* \\a"
+    text = pd.DataFrame([{"data set": name, "who": "a_b", "Real": r"\textbf{97.0}"}])
+    markdown = results.to_markdown(text)
+    assert r"| cats & dogs #1 \| all {x} $y^\* \\a | a\_b | \textbf{97.0} |" in markdown
+    assert name in plain_table(markdown) and "a_b" in plain_table(markdown)
+    latex = r"cats \& dogs \#1 | all \{x\} \$y\textasciicircum{}* \textbackslash{}a & a\_b & \textbf{97.0} \\"
+    assert latex in results.to_latex(text)
+
+
+def test_names_are_no_formulas(tmp_path):
+    """matplotlib would stop at this one."""
+    name = r"$\nothing^$"
+    results.draw_table(
+        pd.DataFrame([{"data set": name, "who": name, "Real": "97.0*"}]), "title", tmp_path / "table.png"
+    )
+    figure = figures.rows_of_images({name: np.zeros((2, 3, 8, 8), np.uint8)})
+    figure.savefig(tmp_path / "rows.png")
+    assert (tmp_path / "table.png").stat().st_size and (tmp_path / "rows.png").stat().st_size
 
 
 def test_a_run_that_kept_no_plan_says_so_and_older_records_are_no_obstacle(settings):
