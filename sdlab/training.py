@@ -282,8 +282,10 @@ def save_checkpoint(model: "ModelMixin", folder: Path) -> None:
 
 def halved(unet: "UNet2DConditionModel") -> "UNet2DConditionModel":
     """A copy in float16, without a second one in float32. Raises `BadInput` if a weight is beyond its range."""
+    # Where its base lay is this machine's, and would give other bytes elsewhere.
+    config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}
     with torch.device("meta"):
-        copy = type(unet).from_config(unet.config)
+        copy = type(unet).from_config(config)
     weights = {name: value.half() for name, value in unet.state_dict().items()}
     if beyond := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
         raise BadInput(f"The UNet's weights {beyond[0]} are beyond the range of float16: try a smaller learning rate.")
