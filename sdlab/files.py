@@ -37,6 +37,11 @@ REFUSALS = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open (`ulimit -n`)"),
     errno.EFBIG: "that disk, or `ulimit -f`, takes no files of this size: name another one",
     errno.EIO: "the disk is failing: name another one",
+    # As Lustre's without `-o flock`, and some networks'.
+    **dict.fromkeys(
+        (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+        "that disk keeps no locks, by which two runs are kept apart: name another one",
+    ),
 }
 
 
@@ -191,13 +196,13 @@ def alone(path: Path, wait: bool = True) -> Iterator[bool]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
-    with file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            held = False
+    with file:
+        yield held
 
 
 def flush(path: Path) -> None:

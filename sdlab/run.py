@@ -287,6 +287,7 @@ class Lock:
     def __init__(self, path: Path, folder: Path, what: str):
         if path in Lock.held:
             Lock.held[path].release()
+        self.path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a+")
@@ -308,13 +309,13 @@ class Lock:
             self.file.truncate(0)
             self.file.write(f"{what} (process {os.getpid()} on {socket.gethostname()}, since {now()})")
             self.file.flush()
-        self.path = path
         Lock.held[path] = self
 
     def taken(self) -> bool:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            with writing(self.path):
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             return False
         return True
 

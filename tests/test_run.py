@@ -298,6 +298,25 @@ def test_a_disk_that_refuses_is_one_sentence_and_leaves_what_was(tmp_path, monke
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_named_and_not_taken_for_a_disk_in_use(settings, tmp_path, monkeypatch, number):
+    """As Lustre's without `-o flock`."""
+
+    def refuses(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    said = (
+        f"cannot be written .{os.strerror(number)}.: that disk keeps no locks, by which two runs are kept apart: name"
+    )
+    with pytest.raises(BadInput, match=rf"\.lock {said}"):
+        Run(settings, "00_data_and_base_model")
+    with pytest.raises(BadInput, match=rf"cell {said}"), alone(tmp_path / "cell"):
+        pass
+    with pytest.raises(BadInput, match=rf"x.json {said}"):
+        write_json(tmp_path / "x.json", {})
+
+
 def test_a_damaged_record_is_refused(settings):
     do(settings, "00")
     (settings.run_folder / "records" / "00.json").write_text("{half")
