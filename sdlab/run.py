@@ -117,12 +117,17 @@ def made_with(base: Any) -> dict[str, str | int]:
         return found
     if device.type == "cuda":
         return found | dict(device=torch.cuda.get_device_name(device))
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     kind = "" if device.type == "cpu" else f"{device.type} of "
-    device = f"{kind}{name} ({torch.backends.cpu.get_cpu_capability()})"
+    device = f"{kind}{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     return found | dict(device=device, threads=torch.get_num_threads())
+
+
+def cpu_name(facts: Path = Path("/proc/cpuinfo")) -> str:
+    """As Linux has it on x86; elsewhere the architecture."""
+    with contextlib.suppress(OSError):
+        if named := re.search(r"model name\s*: (.*)", facts.read_text()):
+            return named[1]
+    return platform.machine()
 
 
 # -------------------------------------------------------------------------------------------------- records

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from sdlab.files import (
     write_sealed,
     written_beside,
 )
-from sdlab.run import STEPS, Lock, Run, change_within, read_record, step_state
+from sdlab.run import STEPS, Lock, Run, change_within, cpu_name, read_record, step_state
 from sdlab.settings import BadInput
 
 
@@ -221,6 +222,14 @@ def test_a_step_that_goes_on_with_other_means_says_so(settings, capsys, monkeypa
         and "(" in run.record["made_with"]["device"]
     )
     assert [means["threads"] for means in run.record["made_with_before"]] == [1]
+
+
+def test_a_processor_without_a_name_is_its_architecture(tmp_path):
+    """As ARM's on Linux."""
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nBogoMIPS\t: 2000.00\n")
+    assert cpu_name(tmp_path / "cpuinfo") == cpu_name(tmp_path / "none") == platform.machine()
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A 2000\n")
+    assert cpu_name(tmp_path / "cpuinfo") == "A 2000"
 
 
 def test_a_released_lock_is_free(tmp_path):
