@@ -150,6 +150,11 @@ def test_saved_and_loaded_it_makes_the_same_images(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     again = ClassConditionalStableDiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(again.class_encoder, ClassEncoder)
+    for part in (
+        again.vae,
+        again.unet,
+    ):  # torch multiplies by weights that want a gradient in another way: other last bits
+        part.requires_grad_(False)
     images = [p([0, 1], 3, 2.0, seeds=[1, 2], output_type="np").images for p in (pipeline, again)]
     assert np.array_equal(*images)
 

@@ -509,7 +509,7 @@ STORAGE = [
     storage("garbage", r"garbage cannot be opened \(.*\)", "garbage"),
     storage("of an unknown kind", r"oracel://x cannot be opened", "oracel://x"),
     storage("without its driver", r"mysql://root@127.0.0.1/x cannot be opened \(its driver is not installed", "mysql://root@127.0.0.1/x"),
-    storage("with braces", r"a\{b@127.0.0.1:1/x cannot be opened \(Optuna formats what stands between braces: write %7B", "postgresql://a{b@127.0.0.1:1/x"),
+    storage("with braces", r"postgresql://a\{b@127.0.0.1:1/x cannot be opened \(Optuna formats what stands between braces: write %7B", "postgresql://a{b@127.0.0.1:1/x"),
     storage("with a password", r"postgresql://me:\*\*\*@127.0.0.1:1/x cannot be opened", "postgresql://me:secret@127.0.0.1:1/x"),
     storage("in a missing folder", r"sqlite:////nowhere/x.db cannot be opened \(there is no folder /nowhere", "sqlite:////nowhere/x.db"),
     storage("with a port that is none", r"postgresql://127.0.0.1:port/x cannot be opened", "postgresql://127.0.0.1:port/x"),
