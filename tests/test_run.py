@@ -293,7 +293,7 @@ def test_a_lock_is_one_processs_until_it_ends(tmp_path):
     holder.wait()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE])
 def test_a_disk_that_refuses_is_one_sentence_and_leaves_what_was(tmp_path, monkeypatch, number):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})

@@ -1,6 +1,7 @@
 """The command line: one sentence and exit code 1 for bad input, and nothing written."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,14 @@ def test_no_password_and_no_path_of_this_machine_stay_in_an_executed_copy(file, 
     _, injected, shown = nbformat.reads(text, 4).cells
     assert 'storage = "(storage)"' in injected.source and 'runs_root = "runs"' in injected.source
     assert shown.outputs[0].text == "(storage), x, ."
+
+
+def test_a_full_disk_under_what_is_printed_is_said():
+    """The system names no file: a notebook at work in the temporary folder, or this command's output into a log."""
+    said = workflow.in_words(OSError(errno.ENOSPC, "No space left on device"), "run")
+    assert said.startswith(
+        f"{tempfile.gettempdir()}, or where this command prints to, cannot be written (No space left"
+    )
 
 
 def test_the_dashboard_needs_a_search(file):
