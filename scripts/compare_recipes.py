@@ -8,13 +8,14 @@ import dataclasses
 import click
 import numpy as np
 
-from sdlab.classifier import Recipe, train_classifier
-from sdlab.datasets import load_dataset
-from sdlab.evaluation import found_point, make_pool, make_set
-from sdlab.images import Split
-from sdlab.run import Run
+from sdlab.classifier import ClassifierRecipe, train_classifier
+from sdlab.data.datasets import load_dataset
+from sdlab.data.images import Split
+from sdlab.evaluation import generate_pool, load_optimum
+from sdlab.generation import generate_set
+from sdlab.runs.run import Run
 from sdlab.settings import Settings, parameter_file
-from sdlab.training import derive_seed
+from sdlab.threads import derive_seed
 
 RECIPES = (
     dict(steps=150, learning_rate=1e-3),
@@ -34,15 +35,15 @@ def main(experiment: str, seeds: int) -> None:
     run = Run(settings, "05_scaling", data, base)
     if not run.finished:
         raise click.ClickException(f"{experiment} is not finished: `sdlab run {experiment}` first.")
-    point, size = found_point(run, "search_2"), len(data.train)
-    after_4 = make_set(run, base, data, point, settings.search_images, derive_seed(settings.seed, "table 1"))
-    pool = make_pool(run, base, data, point, 5 * size)
+    point, size = load_optimum(run, "search_2"), len(data.train)
+    after_4 = generate_set(run, base, data, point, settings.search_images, derive_seed(settings.seed, "table 1"))
+    pool = generate_pool(run, base, data, point, 5 * size)
     sets: dict[str, Split] = {
         "real": data.train, "After 4": after_4.split(settings.search_images), "x1": pool.split(size), "x5": pool.split(5 * size),
     }  # fmt: skip
     for name, train in sets.items():
         for changes in RECIPES:
-            recipe = dataclasses.replace(Recipe.of(settings), **changes)
+            recipe = dataclasses.replace(ClassifierRecipe.of(settings), **changes)
             accuracy = [
                 100 * train_classifier(train, data.val, data.num_classes, recipe, 100 + s).val_accuracy
                 for s in range(seeds)

@@ -19,13 +19,13 @@ from scipy.stats import t as student
 from tqdm import tqdm
 
 from sdlab.base_models import load_base_model, make_scheduler
-from sdlab.datasets import load_dataset
-from sdlab.evaluation import OperatingPoint, judge, load_pipeline
-from sdlab.files import read_json, write_json
-from sdlab.generation import GenerationPlan, generate_images, uniform_labels
-from sdlab.images import Split
+from sdlab.data.datasets import load_dataset
+from sdlab.data.images import Split
+from sdlab.evaluation import train_and_score_classifiers
+from sdlab.generation import GenerationPlan, SamplingConfig, generate_images, load_pipeline, uniform_labels
+from sdlab.runs.files import read_json, write_json
 from sdlab.settings import Settings
-from sdlab.training import derive_seed
+from sdlab.threads import derive_seed
 
 # name -> scheduler, steps, guidance (None: the search's optimum), share of the steps until which guidance acts
 SAMPLERS = {
@@ -51,7 +51,7 @@ class Experiment:
         self.settings = Settings.from_mapping(yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8")))
 
 
-def measured(run: Experiment, base, data, point: OperatingPoint, sampler: str, seed: int) -> dict:
+def measured(run: Experiment, base, data, point: SamplingConfig, sampler: str, seed: int) -> dict:
     """CAS (mean over the settings' classifier seeds) and seconds of generating the training images of one seed."""
     scheduler, steps, guidance, until = SAMPLERS[sampler]
     s = run.settings
@@ -69,7 +69,9 @@ def measured(run: Experiment, base, data, point: OperatingPoint, sampler: str, s
     seconds = time.perf_counter() - started
     images = np.concatenate(shards)
     seeds = [derive_seed(seed, "sampler's classifier", i) for i in range(s.classifier_seeds)]
-    scores = judge(Split(images, plan.labels_of(0, len(images))), data, s, seeds, ["val"], silent)["val"]
+    scores = train_and_score_classifiers(
+        Split(images, plan.labels_of(0, len(images))), data, s, seeds, ["val"], silent
+    )["val"]
     return dict(cas=100 * statistics.mean(score.accuracy for score in scores), seconds=seconds)
 
 
@@ -85,7 +87,7 @@ def main(folder: Path, seeds: int, state: Path) -> None:
     """Compare the samplers on the finished experiment in FOLDER; tables beside the state file."""
     run = Experiment(folder)
     data, base = load_dataset(run.settings), load_base_model(run.settings)
-    point = OperatingPoint(**read_json(folder / "metrics" / "search_2.json")["best"]["point"])
+    point = SamplingConfig(**read_json(folder / "metrics" / "search_2.json")["best"]["point"])
     done = json.loads(state.read_text()) if state.exists() else {}
     for seed in range(seeds):
         for sampler in SAMPLERS:

@@ -17,11 +17,10 @@ COUNTS = (5_000, 50_000)
 
 
 def generating(count: int, folder: Path) -> None:
+    from benchmarks import silent
     from sdlab.base_models import load_base_model, make_scheduler
-    from sdlab.benchmarks import silent
     from sdlab.class_encoder import ClassEncoder
-    from sdlab.evaluation import for_sampling
-    from sdlab.generation import GenerationPlan, generate, uniform_labels
+    from sdlab.generation import GenerationPlan, generate, prepare_unet, uniform_labels
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
     from sdlab.settings import PARAMS, Settings
 
@@ -29,7 +28,7 @@ def generating(count: int, folder: Path) -> None:
     base = load_base_model(settings)
     table = ClassEncoder(10, base.tokens, base.width).tabulated().requires_grad_(False)
     scheduler = make_scheduler(settings.scheduler, base.scheduler_config)
-    unet = for_sampling(base.unet, table, settings)
+    unet = prepare_unet(base.unet, table, settings)
     pipeline = ClassConditionalStableDiffusionPipeline(base.vae, unet, table, scheduler)
     plan = GenerationPlan(
         "", settings.scheduler, 1, 1.0, (0.0, 1.0), uniform_labels(10), 0, 32, 32, settings.shard_size
@@ -38,19 +37,19 @@ def generating(count: int, folder: Path) -> None:
 
 
 def exporting(count: int, folder: Path) -> None:
-    from sdlab.export import write_npz
-    from sdlab.shards import stored_shards
+    from sdlab.runs.export import write_npz
+    from sdlab.runs.shards import read_shards
 
     (made,) = folder.iterdir()
     about = dict(images=count, image_size=32, classes=[str(c) for c in range(10)])
-    write_npz(folder / "set.npz", stored_shards(made, count), about, lambda _: None)
+    write_npz(folder / "set.npz", read_shards(made, count), about, lambda _: None)
 
 
 def encoding(count: int, folder: Path) -> None:
     import numpy as np
 
+    from benchmarks import silent
     from sdlab.base_models import load_base_model
-    from sdlab.benchmarks import silent
     from sdlab.latents import encode_images
     from sdlab.settings import PARAMS, Settings
 

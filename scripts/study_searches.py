@@ -25,14 +25,14 @@ from scipy.stats import t as student
 from tqdm import tqdm
 
 from sdlab.base_models import load_base_model
-from sdlab.datasets import load_dataset
-from sdlab.evaluation import OperatingPoint, judge, load_pipeline
-from sdlab.files import read_json, write_json
-from sdlab.generation import GenerationPlan, generate_images, uniform_labels
-from sdlab.images import Split
-from sdlab.search import new_pruner, new_sampler
+from sdlab.data.datasets import load_dataset
+from sdlab.data.images import Split
+from sdlab.evaluation import train_and_score_classifiers
+from sdlab.generation import GenerationPlan, SamplingConfig, generate_images, load_pipeline, uniform_labels
+from sdlab.runs.files import read_json, write_json
+from sdlab.runs.studies import new_pruner, new_sampler
 from sdlab.settings import Settings
-from sdlab.training import derive_seed
+from sdlab.threads import derive_seed
 
 TABLE = Path(__file__).resolve().parents[1] / "reports" / "searches" / "measured.json"
 RUNGS = [125, 250, 500, 1000]
@@ -65,14 +65,16 @@ def measure(folder: Path, table: Path) -> None:
         name = f"{int(steps)}/{guidance:g}/{int(epoch)}"
         if name in kept["points"]:
             continue
-        point = OperatingPoint(class_encoder_epoch, int(epoch), int(steps), float(guidance))
+        point = SamplingConfig(class_encoder_epoch, int(epoch), int(steps), float(guidance))
         pipeline = load_pipeline(run, base, point)
         scores = {}
         for noise, rungs in (("search", RUNGS), ("fresh", RUNGS[-1:])):
             images = made(run, pipeline, point, data.num_classes, noise)
             for rung in rungs:
                 seeds = [derive_seed(noise, "study's classifier", i) for i in range(CLASSIFIERS)]
-                scored = judge(head(images, rung), data, run.settings, seeds, ["val", "test"], silent, searching=True)
+                scored = train_and_score_classifiers(
+                    head(images, rung), data, run.settings, seeds, ["val", "test"], silent, searching=True
+                )
                 scores[f"{noise}/{rung}"] = {split: [s.accuracy for s in scored[split]] for split in scored}
         kept["points"][name] = scores
         write_json(table, kept)
@@ -83,7 +85,7 @@ def head(split: Split, count: int) -> Split:
     return Split(split.images[:count], split.labels[:count])
 
 
-def made(run: Experiment, pipeline, point: OperatingPoint, num_classes: int, noise: str) -> Split:
+def made(run: Experiment, pipeline, point: SamplingConfig, num_classes: int, noise: str) -> Split:
     s, labels = run.settings, uniform_labels(num_classes)
     plan = GenerationPlan("", s.scheduler, point.num_inference_steps, point.guidance_scale, (0.0, 1.0), labels,
                           derive_seed(noise, "study"), s.base_image_size, s.image_size, s.shard_size)  # fmt: skip

@@ -13,7 +13,7 @@ import time
 import nbformat
 from nbclient import NotebookClient
 
-from sdlab.run import STEPS
+from sdlab.runs.records import STAGES
 from sdlab.settings import PROJECT_ROOT
 
 ROUNDS = 3
@@ -38,7 +38,7 @@ def seconds_to_start(stem: str, experiment: str) -> float:
 
 
 experiment = sys.argv[1] if len(sys.argv) > 1 else "digits"
-seconds = {step.stem: [] for step in STEPS.values()}
+seconds = {step.stem: [] for step in STAGES.values()}
 for _ in range(ROUNDS):
     for stem, measured in seconds.items():
         measured.append(seconds_to_start(stem, experiment))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdlab.images import Split
+from sdlab.data.images import Split
 from sdlab.settings import Settings
 
 GLOBAL_GENERATOR = threading.Lock()  # torch's is one for all threads, and initial weights are drawn from it
@@ -87,7 +87,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ClassifierRecipe:
     """How ResNet20 is trained. The same for real and synthetic images."""
 
     filters: int
@@ -101,7 +101,7 @@ class Recipe:
     min_learning_rate: float = 1e-5
 
     @classmethod
-    def of(cls, settings: Settings, searching: bool = False) -> "Recipe":
+    def of(cls, settings: Settings, searching: bool = False) -> "ClassifierRecipe":
         """The settings' recipe; the searches have patiences of their own (authors' code)."""
         s = settings
         patience = s.search_patience if searching else s.classifier_patience
@@ -125,7 +125,7 @@ def train_classifier(
     train: Split,
     val: Split,
     num_classes: int,
-    recipe: Recipe,
+    recipe: ClassifierRecipe,
     seed: int,
     device: torch.device | str = "cpu",
     after_epoch: Callable[[], Any] | None = None,

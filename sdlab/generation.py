@@ -8,10 +8,13 @@ work and of resume: its bytes do not depend on how many others are made, by whom
 
 import hashlib
 import json
+import logging
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +23,33 @@ import torch
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from sdlab.base_models import fitting
-from sdlab.files import alone, check_room, sha256_of_file, sha256_of_json, write_sealed, written_beside
-from sdlab.images import Split
-from sdlab.pixels import to_uint8
-from sdlab.settings import BadInput
-from sdlab.shards import read_manifest, shard_path, stored_shards
-from sdlab.threads import in_threads
-from sdlab.training import derive_seed
+from sdlab.base_models import BaseModel, make_scheduler
+from sdlab.data.images import ImageDataset, Split
+from sdlab.data.pixels import to_uint8
+from sdlab.devices import raise_on_oom
+from sdlab.errors import BadInput
+from sdlab.runs.checkpoints import checkpoint_sha, load_checkpoint
+from sdlab.runs.files import (
+    atomic_write,
+    check_free_space,
+    file_lock,
+    sha256_of_file,
+    sha256_of_json,
+    write_hashed_json,
+)
+from sdlab.runs.run import Run
+from sdlab.runs.shards import read_manifest, read_shards, shard_path
+from sdlab.settings import Settings
+from sdlab.threads import derive_seed, map_in_threads
 
-if TYPE_CHECKING:  # needs diffusers, which is slow to import
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+    from sdlab.class_encoder import ClassTable
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
-SMALLEST_PART = 64
+
+SMALLEST_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ class SyntheticSet:
     def split(self, count: int) -> Split:
         """The first `count` images, each shard checked against its hash. Raises `BadInput` for a damaged one."""
         images = None
-        for index, (part, _) in enumerate(stored_shards(self.folder, count)):
+        for index, (part, _) in enumerate(read_shards(self.folder, count)):
             if images is None:  # filled as the shards come: never held twice
                 images = np.empty((count, *part.shape[1:]), np.uint8)
             images[index * self.plan.shard_size :][: len(part)] = part
@@ -116,6 +133,10 @@ class SyntheticSet:
         shards = self.manifest["shards"]
         hashes = [shards[str(i)]["sha256"] for i in range(self.shards_for(count))]
         return hashlib.sha256(json.dumps([count, hashes]).encode()).hexdigest()
+
+
+if TYPE_CHECKING:
+    from sdlab.generation import GenerationPlan
 
 
 def generate(
@@ -134,7 +155,7 @@ def generate(
     """
     made = SyntheticSet(root / plan.key(), plan, made_from)
     if made.missing(count):
-        with alone(made.folder / ".lock"):  # two trials of one point may be at work at once, in two processes
+        with file_lock(made.folder / ".lock"):  # two trials of one point may be at work at once, in two processes
             make_missing(pipeline, made, count, progress, desc)
     return made
 
@@ -147,15 +168,15 @@ def make_missing(
     missing = made.missing(count)
     smaller = "take a smaller `shard_size` in an experiment of its own (its images are others)"
     done = (wanted - len(missing)) * plan.shard_size
-    check_room(made.folder, len(missing) * plan.shard_size * 3 * plan.image_size**2, f"A set of {count} images")
+    check_free_space(made.folder, len(missing) * plan.shard_size * 3 * plan.image_size**2, f"A set of {count} images")
     with progress(total=wanted * plan.shard_size, initial=done, desc=desc, unit="img") as bar:
         for index in missing:
             first = index * plan.shard_size
             started = time.perf_counter()
-            with fitting(f"a shard of {plan.shard_size} images of {plan.base_size} px at once", smaller):
+            with raise_on_oom(f"a shard of {plan.shard_size} images of {plan.base_size} px at once", smaller):
                 images = generate_images(pipeline, plan, range(first, first + plan.shard_size), bar.update)
             seconds = time.perf_counter() - started
-            with written_beside(made.shard(index)) as beside:
+            with atomic_write(made.shard(index)) as beside:
                 save_file({"images": images, "labels": plan.labels_of(first, first + plan.shard_size)}, beside)
             entry = dict(sha256=sha256_of_file(made.shard(index)), seconds=round(seconds, 3))
             if (
@@ -166,7 +187,7 @@ def make_missing(
                     "was made of its set before cannot be compared with it."
                 )
             manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
-            write_sealed(made.folder / "manifest.json", manifest)
+            write_hashed_json(made.folder / "manifest.json", manifest)
 
 
 def generate_images(
@@ -191,7 +212,7 @@ def generate_images(
                 made(steps // plan.num_inference_steps - before)
 
         mine = 0
-        output = pipeline.at_work()(
+        output = pipeline.copy_for_thread()(
             labels=plan.labels_of(part[0], part[-1] + 1),
             num_inference_steps=plan.num_inference_steps,
             guidance_scale=plan.guidance_scale,
@@ -204,14 +225,133 @@ def generate_images(
         )
         return to_uint8(output.images, plan.image_size)
 
-    workers = parts_at_a_time(len(indices), pipeline.device)
+    workers = count_parallel_batches(len(indices), pipeline.device)
     parts = [indices[i : i + -(-len(indices) // workers)] for i in range(0, len(indices), -(-len(indices) // workers))]
-    return np.concatenate(in_threads(make, parts, workers))
+    return np.concatenate(map_in_threads(make, parts, workers))
 
 
-def parts_at_a_time(count: int, device: torch.device) -> int:
-    """On a CPU one part a thread, of at least `SMALLEST_PART` images: smaller batches cost more an image."""
+def count_parallel_batches(count: int, device: torch.device) -> int:
+    """On a CPU one part a thread, of at least `SMALLEST_BATCH` images: smaller batches cost more an image."""
     if device.type != "cpu":
         return 1
     threads = torch.get_num_threads()
-    return max(p for p in range(1, max(1, count // SMALLEST_PART) + 1) if threads % p == 0)
+    return max(p for p in range(1, max(1, count // SMALLEST_BATCH) + 1) if threads % p == 0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Where the method can stand: which checkpoints, how many steps, how much guidance."""
+
+    class_encoder_epoch: int
+    unet_epoch: int  # 0: the base model's own UNet
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def load_pipeline(run: Run, base: BaseModel, point: SamplingConfig) -> "ClassConditionalStableDiffusionPipeline":
+    """The pipeline of an operating point's checkpoints. Raises `BadInput` for one that is missing or damaged."""
+    from diffusers import UNet2DConditionModel  # slow to import
+
+    from sdlab.class_encoder import ClassTable
+    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+
+    device = base.device
+    table = load_checkpoint(ClassTable, run.folder / "class_encoder", point.class_encoder_epoch, device)
+    if point.unet_epoch:
+        unet = load_checkpoint(UNet2DConditionModel, run.folder / "unet", point.unet_epoch, device, base.dtype)
+    else:
+        unet = base.unet
+    scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
+    return ClassConditionalStableDiffusionPipeline(base.vae, prepare_unet(unet, table, run.settings), table, scheduler)
+
+
+def prepare_unet(unet: "UNet2DConditionModel", table: "ClassTable", settings: Settings) -> "UNet2DConditionModel":
+    """The UNet as bulk generation uses it: the classes' keys and values projected once; on a GPU channels_last; compiled
+    where `compile_unet` says so. Raises `BadInput` if there is no compiler for that."""
+    from sdlab.class_encoder import with_projected_conditions
+
+    unet = with_projected_conditions(unet, table.table())
+    if unet.device.type == "cuda":
+        unet = unet.to(memory_format=torch.channels_last)
+    if settings.compile_unet:
+        if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
+            raise BadInput(
+                "`compile_unet` is true, and there is no C++ compiler (g++ or clang++) here: install one, or leave it out."
+            )
+        if unet.device.type == "cpu":  # else it is said that a CUDA toolkit has no GPU
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        unet.compile(dynamic=False)
+    return unet
+
+
+def plan_generation(
+    run: Run, base: BaseModel, data: ImageDataset, point: SamplingConfig, seed: int, labels: Sequence[int] | None = None
+) -> GenerationPlan:
+    """The plan of a set at this point: class-uniform, or with one period of `labels`."""
+    weights = dict(base.sha256, class_encoder=checkpoint_sha(run.folder / "class_encoder", point.class_encoder_epoch))
+    if point.unet_epoch:
+        weights["unet"] = checkpoint_sha(run.folder / "unet", point.unet_epoch)
+    return GenerationPlan(
+        weights=sha256_of_json([weights, base.scheduler_config]),
+        scheduler=run.settings.scheduler,
+        num_inference_steps=point.num_inference_steps,
+        guidance_scale=float(point.guidance_scale),
+        guidance_interval=(run.settings.guidance_start, run.settings.guidance_stop),
+        labels=tuple(labels) if labels is not None else uniform_labels(data.num_classes),
+        seed=seed,
+        base_size=run.settings.base_image_size,
+        image_size=data.image_size,
+        shard_size=run.settings.shard_size,
+    )
+
+
+def generate_set(
+    run: Run,
+    base: BaseModel,
+    data: ImageDataset,
+    point: SamplingConfig,
+    count: int,
+    seed: int,
+    labels: Sequence[int] | None = None,
+    desc: str = "generate",
+) -> SyntheticSet:
+    """Generate (what is missing of) a set of `count` images at an operating point under `synthetic/`."""
+    plan = plan_generation(run, base, data, point, seed, labels)
+    made_from = dict(
+        point=asdict(point),
+        checkpoints={
+            name: checkpoint_sha(run.folder / name, epoch)
+            for name, epoch in (("class_encoder", point.class_encoder_epoch), ("unet", point.unet_epoch))
+            if epoch
+        },
+        base_model=base.fingerprint(),
+        labels="uniform" if labels is None else "real",
+    )
+    pipeline = load_pipeline(run, base, point)
+    return generate(pipeline, plan, run.folder / "synthetic", count, run.progress, desc, made_from)
+
+
+def regenerate_shards(settings: Settings, key: str) -> None:
+    """Make the missing shards of a set that its manifest names. Raises `BadInput` if it was made from something else.
+
+    Opens no step: what is made is what was there, byte for byte, or is refused by its hash.
+    """
+    from types import SimpleNamespace
+
+    from sdlab.base_models import load_base_model
+    from sdlab.data.datasets import load_dataset
+
+    folder = settings.run_folder / "synthetic" / key
+    manifest = read_manifest(folder)
+    data, base = load_dataset(settings), load_base_model(settings)
+    run = SimpleNamespace(settings=settings, folder=settings.run_folder, progress=tqdm)
+    point = SamplingConfig(**manifest["made_from"]["point"])
+    labels = real_labels(data.train.labels) if manifest["made_from"]["labels"] == "real" else None
+    plan = plan_generation(run, base, data, point, manifest["plan"]["seed"], labels)
+    if plan.key() != key:
+        raise BadInput(
+            f"{folder} was made from other weights, data or settings than are there now: its shards cannot be made again."
+        )
+    generate(
+        load_pipeline(run, base, point), plan, folder.parent, len(manifest["shards"]) * plan.shard_size, desc="repair"
+    )

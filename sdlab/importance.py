@@ -38,11 +38,11 @@ def fanova(search: Mapping, forests: int, trees: int = 64) -> pd.DataFrame:
         forest = RandomForestRegressor(trees, max_depth=64, random_state=seed).fit(x, y)
         shares = [tree_shares(tree.tree_, bounds) for tree in forest.estimators_]
         shares = [share for share in shares if share is not None]
-        rows.append(np.mean(shares, axis=0) if shares else np.zeros(len(names())))
-    return pd.DataFrame(rows, columns=names())
+        rows.append(np.mean(shares, axis=0) if shares else np.zeros(len(share_names())))
+    return pd.DataFrame(rows, columns=share_names())
 
 
-def names() -> list[str]:
+def share_names() -> list[str]:
     """Parameters, then pairs."""
     return [*PARAMETERS, *(f"{a} x {b}" for a, b in combinations(PARAMETERS, 2))]
 
@@ -92,7 +92,7 @@ def main_effects(shares: pd.DataFrame) -> pd.DataFrame:
     return mains.div(mains.sum(axis=1).replace(0, 1), axis=0)
 
 
-def describe(search: Mapping, forests: int) -> dict:
+def describe_importance(search: Mapping, forests: int) -> dict:
     """fANOVA of one exported search as plain data: shares, main effects, and which parameter is first.
 
     `first` is None where the CAS does not vary, or no parameter is first in more than half of the forests.

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel, fitting
-from sdlab.files import sha256_of_json, written_beside
-from sdlab.images import read_arrays
-from sdlab.pixels import to_model
-from sdlab.settings import BadInput
+from sdlab.base_models import BaseModel
+from sdlab.data.npz import read_arrays
+from sdlab.data.pixels import to_model
+from sdlab.devices import raise_on_oom
+from sdlab.errors import BadInput
+from sdlab.runs.files import atomic_write, sha256_of_json
 
 ENCODE_BATCH = 64
 PART = 1024  # images; of so many at most the work is lost where it is cut
@@ -90,7 +91,7 @@ def encode_part(
     batches = []
     for start in range(places.start, places.stop, ENCODE_BATCH):
         batch = to_model(images(range(start, min(start + ENCODE_BATCH, places.stop))), size).to(base.device)
-        with fitting(f"{len(batch)} images of {size} px in the VAE", "take a smaller `base_image_size`"):
+        with raise_on_oom(f"{len(batch)} images of {size} px in the VAE", "take a smaller `base_image_size`"):
             posterior = base.vae.encode(batch).latent_dist
         batches.append((posterior.mean.half().cpu().numpy(), posterior.std.half().cpu().numpy()))
         encoded(len(batch))
@@ -104,7 +105,7 @@ def encode_part(
 
 
 def write_moments(path: Path, key: str, moments: tuple[np.ndarray, np.ndarray]) -> None:
-    with written_beside(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as beside, beside.open("wb") as file:
         np.savez(file, mean=moments[0], std=moments[1], made_from=key)
 
 

@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
 from sdlab.class_encoder import ClassEncoder, ClassTable
-from sdlab.settings import BadInput
+from sdlab.errors import BadInput
 
 DECODE_BATCH = 64  # images decoded at once: decoding needs far more memory an image than denoising
 
@@ -114,7 +114,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type=output_type)
         return ClassConditionalOutput(images) if return_dict else (images,)
 
-    def at_work(self) -> "ClassConditionalStableDiffusionPipeline":
+    def copy_for_thread(self) -> "ClassConditionalStableDiffusionPipeline":
         """The same models with a scheduler of their own, which counts steps: for one of several threads."""
         return type(self)(self.vae, self.unet, self.class_encoder, copy.deepcopy(self.scheduler))
 

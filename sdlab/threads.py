@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from sdlab.runs.files import sha256_of_json
 
-def in_threads(work: Callable[[Any, Callable[[], None]], Any], items: Sequence, workers: int) -> list:
+
+def map_in_threads(work: Callable[[Any, Callable[[], None]], Any], items: Sequence, workers: int) -> list:
     """`[work(item, go_on) for item in items]`, up to `workers` at a time; each has threads // workers of torch's.
 
     `work` calls `go_on` now and then: it raises once another has failed or was interrupted, so that all end soon.
@@ -49,3 +51,8 @@ def in_threads(work: Callable[[Any, Callable[[], None]], Any], items: Sequence, 
                 raise
     finally:
         torch.set_num_threads(threads)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One seed (63 bits) from several numbers and words; streams with different parts are independent."""
+    return int(sha256_of_json(parts)[:16], 16) >> 1

@@ -21,7 +21,7 @@ import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from sdlab.base_models import BaseModel, load_base_model
-from sdlab.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split
 from sdlab.settings import Settings
 
 torch.set_num_threads(1)

@@ -16,16 +16,11 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from sdlab.base_models import (
-    TINY,
-    check_scheduler_name,
-    choose_device,
-    choose_precision,
-    load_base_model,
-    make_scheduler,
-)
-from sdlab.files import sha256_of_file
-from sdlab.settings import BadInput
+from sdlab.base_models import check_scheduler_name, load_base_model, make_scheduler
+from sdlab.data.model_files import TINY
+from sdlab.devices import choose_device, choose_precision
+from sdlab.errors import BadInput
+from sdlab.runs.files import sha256_of_file
 from sdlab.training import train_class_encoder
 
 

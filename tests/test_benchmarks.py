@@ -13,8 +13,7 @@ from conftest import SMOKE
 from test_notebooks import BIN, ENVIRONMENT
 from test_pipeline import REFERENCE
 
-from sdlab import base_models
-from sdlab.benchmarks import (
+from benchmarks import (
     Comparison,
     Generation,
     Judging,
@@ -25,7 +24,8 @@ from sdlab.benchmarks import (
     table_text,
     where_time_goes,
 )
-from sdlab.settings import BadInput
+from sdlab import base_models
+from sdlab.errors import BadInput
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def test_whole_shards_only(settings, base):
 
 
 def test_where_the_time_goes_adds_up(settings, base, monkeypatch):
-    monkeypatch.setattr("sdlab.benchmarks.stable_diffusion_pipeline", lambda *_: None)  # needs transformers
+    monkeypatch.setattr("side_by_side.stable_diffusion_pipeline", lambda *_: None)  # needs transformers
     generation = Generation(base, dataclasses.replace(settings, benchmark_images=20), 3)
     shares, words = where_time_goes(generation)
     assert shares.share.sum() == pytest.approx(100) and (shares.share >= 0).all()

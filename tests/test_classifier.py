@@ -9,12 +9,12 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
 from sdlab import evaluation
-from sdlab.classifier import Recipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
-from sdlab.evaluation import judge, summary
-from sdlab.images import Split
-from sdlab.settings import BadInput
+from sdlab.classifier import ClassifierRecipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
+from sdlab.data.images import Split
+from sdlab.errors import BadInput
+from sdlab.evaluation import summarize, train_and_score_classifiers
 
-RECIPE = Recipe(
+RECIPE = ClassifierRecipe(
     filters=8, epochs=12, steps=0, batch_size=16, learning_rate=1e-2, label_smoothing=0.1, patience=10, stop_patience=25
 )
 
@@ -140,8 +140,10 @@ def test_a_lost_class_shows_beside_the_accuracy(settings, data):
     """No training image of one class: its recall is 0, which the summary keeps although the accuracy looks fair."""
     keep = data.train.labels != 2
     recipe = dataclasses.replace(settings, classifier_steps=60, classifier_epochs=6, classifier_filters=8)
-    scores = judge(Split(data.train.images[keep], data.train.labels[keep]), data, recipe, [0, 1], ["test"])
-    kept = summary(scores["test"])
+    scores = train_and_score_classifiers(
+        Split(data.train.images[keep], data.train.labels[keep]), data, recipe, [0, 1], ["test"]
+    )
+    kept = summarize(scores["test"])
     assert kept["recall"][2] == 0 and kept["balanced"] < 0.7 and len(kept["accuracy"]) == 2
     assert kept["std"] == pytest.approx(np.std(kept["accuracy"], ddof=1))
 
@@ -162,11 +164,11 @@ def two_threads():
 def test_classifiers_trained_at_once_are_those_trained_one_after_another(small, data, two_threads):
     """Three seeds in two threads: the same scores, bit for bit, in the order of the seeds, and nothing else changed."""
     random_state = torch.get_rng_state()
-    together = judge(data.train, data, small, [3, 1, 2], ["val", "test"])
+    together = train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"])
     assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), random_state)
     torch.set_num_threads(1)
     for i, seed in enumerate([3, 1, 2]):
-        alone = judge(data.train, data, small, [seed], ["val", "test"])
+        alone = train_and_score_classifiers(data.train, data, small, [seed], ["val", "test"])
         assert alone == {name: [scores[i]] for name, scores in together.items()}
     assert len({s.accuracy for s in together["test"]} | {s.recall for s in together["test"]}) > 1
 
@@ -185,13 +187,13 @@ def test_one_that_fails_ends_the_others(small, data, two_threads, monkeypatch):
 
     monkeypatch.setattr("sdlab.evaluation.train_classifier", failing)
     with pytest.raises(BadInput, match="memory does not hold a classifier's step of 32 images: take a smaller"):
-        judge(data.train, data, small, [0, 1, 2], ["test"])
+        train_and_score_classifiers(data.train, data, small, [0, 1, 2], ["test"])
     assert len(epochs) < 100 and torch.get_num_threads() == 2
 
 
 def test_a_trained_classifiers_scores_are_kept_and_read_where_they_are_of_the_same(small, data, tmp_path, monkeypatch):
     """Cut at the second of three, it trains two more, and all are what they would have been. Other images: all anew."""
-    trained, whole = [], judge(data.train, data, small, [3, 1, 2], ["val", "test"])
+    trained, whole = [], train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"])
     original = evaluation.train_classifier
 
     def counted(train, val, num_classes, recipe, seed, *more):
@@ -202,14 +204,14 @@ def test_a_trained_classifiers_scores_are_kept_and_read_where_they_are_of_the_sa
 
     monkeypatch.setattr(evaluation, "train_classifier", counted)
     with pytest.raises(KeyboardInterrupt):
-        judge(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path)
-    assert judge(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
-    assert judge(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
+        train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path)
+    assert train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
+    assert train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
     assert trained == [3, 1, 1, 2]
     other = Split(255 - data.train.images, data.train.labels)
-    assert judge(other, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) != whole
+    assert train_and_score_classifiers(other, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) != whole
     assert trained == [3, 1, 1, 2, 3, 1, 2]
     for path in tmp_path.glob("*.json"):
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BadInput, match=r"\.json is damaged"):
-        judge(data.train, data, small, [3], ["val", "test"], kept=tmp_path)
+        train_and_score_classifiers(data.train, data, small, [3], ["val", "test"], kept=tmp_path)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from sdlab.datasets import load_dataset
-from sdlab.pixels import resize, to_model, to_uint8
-from sdlab.settings import BadInput, Settings
+from sdlab.data.datasets import load_dataset
+from sdlab.data.pixels import resize, to_model, to_uint8
+from sdlab.errors import BadInput
+from sdlab.settings import Settings
 
 
 def digits(**more):

@@ -13,13 +13,13 @@ from conftest import SMOKE
 from make_data import write_cifar, write_folder, write_medmnist
 from test_base_models import saved_as
 
-from sdlab import datasets
-from sdlab.datasets import dataset_facts
-from sdlab.files import read_json
-from sdlab.paper import DATASETS
-from sdlab.planning import workload
-from sdlab.run import STEPS, step_state
+from sdlab.data import datasets
+from sdlab.data.datasets import dataset_facts
+from sdlab.report.paper import DATASETS
+from sdlab.runs.files import read_json
+from sdlab.runs.records import STAGES, stage_state
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
+from sdlab.tools.planning import workload
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 KEPT = ("experiment", "dataset", "base_model", "image_size", "base_image_size")  # what smoke.yaml does not decide here
@@ -33,7 +33,7 @@ def smoke(tmp_path, base_model, **more) -> dict:
 
 def run_all(settings: Settings, tmp_path, until: str = "07") -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    for step in (step for step in STEPS.values() if step.number <= until):
+    for step in (step for step in STAGES.values() if step.number <= until):
         papermill.execute_notebook(
             NOTEBOOKS / f"{step.stem}.ipynb", tmp_path / f"{step.stem}.ipynb", parameters=settings.as_dict(),
             engine_name="in-process", progress_bar=False,
@@ -60,7 +60,7 @@ def test_every_parameter_file_runs_all_notebooks(name, tmp_path, monkeypatch, ba
     precision = {"pathmnist": "bfloat16", "dermamnist": "float16"}.get(name, "auto")
     settings = Settings.from_file(PARAMS / f"{name}.yaml", **smoke(tmp_path, base_model, precision=precision))
     run_all(settings, tmp_path)
-    assert [step_state(settings, number).state for number in STEPS] == ["done"] * 8
+    assert [stage_state(settings, number).state for number in STAGES] == ["done"] * 8
     first = pd.read_csv(settings.report_folder / "table_1.csv")
     assert set(first.protocol) == {"sealed" if name.endswith("-tiny") else "paper"} and set(first.dataset) == {dataset}
     assert (first.cas - first.paper - first.difference).abs().max() < 1e-3 and first.paper.notna().all()
@@ -93,7 +93,7 @@ def test_a_folder_of_your_own_runs_all_notebooks(tmp_path, base_folder):
     mine = dict(experiment="mine", dataset=str(folder), image_size=28)
     settings = Settings.from_mapping(smoke(tmp_path, base_folder) | mine)
     run_all(settings, tmp_path)
-    assert [step_state(settings, number).state for number in STEPS] == ["done"] * 8
+    assert [stage_state(settings, number).state for number in STAGES] == ["done"] * 8
     assert (settings.run_folder / "data" / "splits.csv").exists()
     text = (settings.report_folder / "table_2.md").read_text()
     assert "| pets | mine:" in text and str(tmp_path) not in text
@@ -107,4 +107,4 @@ def test_a_tiny_folder_runs_its_first_notebooks(tmp_path, base_folder):
         smoke(tmp_path, base_folder) | dict(experiment="few", dataset=str(folder), image_size=8)
     )
     run_all(settings, tmp_path, until="01")
-    assert [step_state(settings, number).state for number in ("00", "01")] == ["done"] * 2
+    assert [stage_state(settings, number).state for number in ("00", "01")] == ["done"] * 2

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sdlab.export import export
-from sdlab.files import sha256_of_file, write_json, write_sealed
-from sdlab.run import StepState
-from sdlab.settings import BadInput
-from sdlab.shards import shard_path
+from sdlab.errors import BadInput
+from sdlab.runs.export import export_set
+from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
+from sdlab.runs.records import StageState
+from sdlab.runs.shards import shard_path
 
 CLASSES = ["no finding", "a/b: ../c", "été"]
 
@@ -21,7 +21,7 @@ CLASSES = ["no finding", "a/b: ../c", "été"]
 @pytest.fixture
 def finished(settings, monkeypatch):
     """An experiment with a pool of 25 images in shards of 10, of which 20 were chosen."""
-    monkeypatch.setattr("sdlab.export.step_state", lambda *_: StepState("done"))
+    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState("done"))
     make_pool(settings, shards=3, size=10, pixels=8, images=25, chosen=20)
     return settings
 
@@ -35,7 +35,7 @@ def make_pool(settings, shards, size, pixels, images, chosen):
         save_file({"images": held, "labels": labels}, shard_path(folder, index))
         entries[str(index)] = dict(sha256=sha256_of_file(shard_path(folder, index)), seconds=1.0)
     plan = dict(shard_size=size, seed=0)
-    write_sealed(folder / "manifest.json", dict(key="abc", plan=plan, made_from=None, shards=entries))
+    write_hashed_json(folder / "manifest.json", dict(key="abc", plan=plan, made_from=None, shards=entries))
     metrics, cell = settings.run_folder / "metrics", dict(test=dict(mean=0.5, std=0.1, n=100, recall=[]))
     pool = dict(synthetic="abc", images=images, classes=CLASSES, point=dict(num_inference_steps=5))
     write_json(metrics / "scaling.json", dict(chosen="x2", protocol="sealed", pool=pool))
@@ -52,7 +52,7 @@ def pool_images(settings):
 
 @pytest.mark.parametrize("images", [None, 1, 10, 25])
 def test_a_folder_has_every_image_in_its_classs_subfolder(finished, tmp_path, images):
-    about = export(finished, tmp_path / "out", images)
+    about = export_set(finished, tmp_path / "out", images)
     expected = images or 20
     files = sorted((tmp_path / "out").rglob("*.png"), key=lambda path: path.name)
     assert about["images"] == len(files) == expected
@@ -73,13 +73,13 @@ def test_a_folder_has_every_image_in_its_classs_subfolder(finished, tmp_path, im
 def test_torchvision_reads_the_folder(finished, tmp_path):
     from torchvision.datasets import ImageFolder
 
-    export(finished, tmp_path / "out")
+    export_set(finished, tmp_path / "out")
     read = ImageFolder(tmp_path / "out")
     assert sorted(label for _, label in read.samples) == sorted(i % 3 for i in range(20))
 
 
 def test_an_npz_has_medmnists_layout(finished, tmp_path):
-    export(finished, tmp_path / "set.npz", 25)
+    export_set(finished, tmp_path / "set.npz", 25)
     with np.load(tmp_path / "set.npz", allow_pickle=False) as kept:
         assert np.array_equal(kept["train_images"].transpose(0, 3, 1, 2), pool_images(finished)[:25])
         assert kept["train_labels"].shape == (25, 1) and list(kept["train_labels"][:, 0]) == [i % 3 for i in range(25)]
@@ -102,13 +102,13 @@ def test_what_cannot_be_exported_is_refused(finished, tmp_path, target, images, 
     (tmp_path / "taken.npz").write_text("a user's")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadInput, match=said):
-        export(finished, tmp_path / target, images)
+        export_set(finished, tmp_path / target, images)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_unfinished_experiment_is_refused(settings, tmp_path):
     with pytest.raises(BadInput, match="no synthetic set yet: 05_scaling is not run"):
-        export(settings, tmp_path / "out")
+        export_set(settings, tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", ["out", "out.npz"])
@@ -117,7 +117,7 @@ def test_a_damaged_shard_leaves_nothing(finished, tmp_path, target):
     path.write_bytes(path.read_bytes()[:-1])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadInput, match=r"shard_00001\.safetensors is truncated or altered"):
-        export(finished, tmp_path / target)
+        export_set(finished, tmp_path / target)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -126,18 +126,18 @@ def test_a_full_disk_is_seen_before(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "free")(100))
     with pytest.raises(BadInput, match="GB free"):
-        export(finished, tmp_path / "out")
+        export_set(finished, tmp_path / "out")
 
 
 def test_memory_does_not_grow_with_the_set(settings, tmp_path, monkeypatch):
     """Ten times the images, the same peak: shards pass through one at a time."""
-    monkeypatch.setattr("sdlab.export.step_state", lambda *_: StepState("done"))
+    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState("done"))
     peaks = []
     for shards in (3, 30):
         one = dataclasses.replace(settings, experiment=f"e{shards}")
         make_pool(one, shards=shards, size=50, pixels=32, images=50 * shards, chosen=50 * shards)
         tracemalloc.start()
-        export(one, tmp_path / f"{shards}.npz")
+        export_set(one, tmp_path / f"{shards}.npz")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0] and peaks[0] > 50 * 3 * 32 * 32

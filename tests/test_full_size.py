@@ -23,11 +23,11 @@ from test_training import DiesAt, Killed
 from sdlab import base_models
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder
-from sdlab.evaluation import OperatingPoint, load_pipeline, plan_generation
-from sdlab.generation import generate
-from sdlab.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split
+from sdlab.generation import SamplingConfig, generate, load_pipeline, plan_generation
+from sdlab.runs.checkpoints import load_checkpoint
 from sdlab.settings import Settings
-from sdlab.training import encode_training_set, fine_tune_unet, load_checkpoint, train_class_encoder
+from sdlab.training import encode_training_set, fine_tune_unet, train_class_encoder
 
 GIB = 2**30
 UNET, VAE, ENCODER = 865_910_724, 83_653_863, 39_429_500
@@ -117,7 +117,7 @@ def test_the_whole_method_at_full_size_on_a_cpu(folder):
     del kept
 
     base = load_base_model(settings)
-    point = OperatingPoint(1, 2, 2, 2.0)
+    point = SamplingConfig(1, 2, 2, 2.0)
     plan = plan_generation(run, base, data, point, seed=0)
     with said("four images at 2 steps with guidance, decoded"):
         pipeline = load_pipeline(run, base, point)

@@ -8,18 +8,18 @@ import torch
 
 from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder
+from sdlab.errors import BadInput
 from sdlab.generation import (
     GenerationPlan,
     SyntheticSet,
+    count_parallel_batches,
     generate,
     generate_images,
-    parts_at_a_time,
     real_labels,
     uniform_labels,
 )
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
-from sdlab.settings import BadInput
-from sdlab.training import derive_seed
+from sdlab.threads import derive_seed
 
 
 @pytest.fixture
@@ -178,8 +178,8 @@ def test_a_shard_holds_its_labels(pipeline, tmp_path):
 def test_a_shard_is_made_in_a_few_parts_on_a_cpu(count, threads, parts):
     torch.set_num_threads(threads)
     try:
-        assert parts_at_a_time(count, torch.device("cpu")) == parts
-        assert parts_at_a_time(count, torch.device("cuda")) == 1
+        assert count_parallel_batches(count, torch.device("cpu")) == parts
+        assert count_parallel_batches(count, torch.device("cuda")) == 1
     finally:
         torch.set_num_threads(1)
 
@@ -189,7 +189,7 @@ def test_parts_at_a_time_make_the_same_images(pipeline, base, scheduler, monkeyp
     """Each part has a scheduler of its own, which counts steps; uint8 images differ by rounding at most."""
     pipeline.scheduler = make_scheduler(scheduler, base.scheduler_config)
     alone = generate_images(pipeline, plan(num_inference_steps=5), range(3, 13))
-    monkeypatch.setattr("sdlab.generation.SMALLEST_PART", 4)
+    monkeypatch.setattr("sdlab.generation.SMALLEST_BATCH", 4)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     heard = []
     together = generate_images(pipeline, plan(num_inference_steps=5), range(3, 13), heard.append)
@@ -204,10 +204,10 @@ def test_interval_reaches_the_pipeline(pipeline):
 
 
 def test_compiling_without_a_compiler_is_refused(settings, base, monkeypatch):
-    from sdlab.evaluation import for_sampling
+    from sdlab.generation import prepare_unet
 
     table = ClassEncoder(3, base.tokens, base.width, hidden=16).tabulated()
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert for_sampling(base.unet, table, settings).takes_rows
+    assert prepare_unet(base.unet, table, settings).takes_rows
     with pytest.raises(BadInput, match=r"no C\+\+ compiler"):
-        for_sampling(base.unet, table, dataclasses.replace(settings, compile_unet=True))
+        prepare_unet(base.unet, table, dataclasses.replace(settings, compile_unet=True))

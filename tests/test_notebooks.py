@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import BIN, ENVIRONMENT, command
 
-from sdlab.run import STEPS, Lock, step_state
+from sdlab.runs.locks import Lock
+from sdlab.runs.records import STAGES, stage_state
 from sdlab.settings import PROJECT_ROOT, Settings
 
 
@@ -62,7 +63,7 @@ def test_bad_parameters_through_plain_papermill(tmp_path, parameters, said):
 
 def test_the_whole_pipeline_runs_and_prints_its_tables(finished):
     world, done = finished
-    assert [step_state(settings_of(world), n).state for n in STEPS] == ["done"] * 8
+    assert [stage_state(settings_of(world), n).state for n in STAGES] == ["done"] * 8
     assert "Table 1" in done.stdout and "Table 2" in done.stdout and "8 notebooks in" in done.stdout
     assert "Figures:" in done.stdout and "figure_1.png" in done.stdout
     assert "Traceback" not in done.stderr

@@ -11,11 +11,12 @@ import pytest
 import torchvision.datasets
 from make_data import md5, write_cifar, write_medmnist
 
-from sdlab import official
-from sdlab.datasets import known_names, load_dataset
-from sdlab.images import Facts
-from sdlab.official import cifar, fetch, medmnist, medmnist_facts, medmnist_table
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings
+from sdlab.data import official
+from sdlab.data.datasets import known_names, load_dataset
+from sdlab.data.images import DatasetFacts
+from sdlab.data.official import cifar, fetch, medmnist, medmnist_facts, medmnist_table
+from sdlab.errors import BadInput
+from sdlab.settings import PROJECT_ROOT, Settings
 
 SHARED = PROJECT_ROOT.parent / "shared" / "data"
 
@@ -122,7 +123,7 @@ def test_the_table_is_medmnists_own():
     assert all(medmnist_table()[name] == INFO[name] for name in medmnist_table())
     assert {"pathmnist", "dermamnist", "bloodmnist", "retinamnist"} <= set(medmnist_table())
     assert not {"chestmnist", "organmnist3d"} & set(known_names())  # several labels an image; volumes
-    assert medmnist_facts("retinamnist") == Facts(1080, 120, 400, 5, 28)
+    assert medmnist_facts("retinamnist") == DatasetFacts(1080, 120, 400, 5, 28)
 
 
 def test_a_wrong_md5_is_refused(tmp_path):

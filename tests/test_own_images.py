@@ -9,9 +9,10 @@ import pytest
 from make_data import pictures, write_folder
 from PIL import Image
 
-from sdlab.datasets import dataset_facts, load_dataset
-from sdlab.own_images import images_file, keep_dataset, read_picture
-from sdlab.settings import BadInput
+from sdlab.data.datasets import dataset_facts, load_dataset
+from sdlab.data.own_images import images_file, save_dataset
+from sdlab.data.pictures import read_image
+from sdlab.errors import BadInput
 
 
 def load(settings, folder, **more):
@@ -48,7 +49,7 @@ def test_every_kind_of_image_shows_the_same_picture(tmp_path, name):
     image, form = kinds()[name]
     path = tmp_path / f"x.{form.lower()}"
     image.save(path, form)
-    pixels = read_picture(path, 16).pixels
+    pixels = read_image(path, 16).pixels
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - gradient()[None]).max() <= 2
 
@@ -57,20 +58,20 @@ def test_exif_rotation_is_applied(tmp_path):
     image, exif = Image.fromarray(gradient()).convert("RGB"), Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what was at the left is at the top
     image.save(tmp_path / "x.png", exif=exif)
-    pixels = read_picture(tmp_path / "x.png", 16).pixels
+    pixels = read_image(tmp_path / "x.png", 16).pixels
     assert np.array_equal(pixels[0], np.rot90(gradient(), -1))
 
 
 def test_transparent_pixels_become_white(tmp_path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.png")
-    assert read_picture(tmp_path / "x.png", 8).pixels.min() == 255
+    assert read_image(tmp_path / "x.png", 8).pixels.min() == 255
 
 
 def test_the_centre_square_is_taken_and_large_images_are_antialiased(tmp_path):
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, 40:80] = np.indices((40, 40)).sum(0)[..., None] % 2 * 255  # a checkerboard in the middle third
     Image.fromarray(wide).save(tmp_path / "x.png")
-    read = read_picture(tmp_path / "x.png", 10)
+    read = read_image(tmp_path / "x.png", 10)
     assert np.abs(read.pixels[:, :, 1:-1].astype(int) - 128).max() < 3  # no checkerboard's alias
     assert read.pixels.min() > 100  # and no black borders
     assert any("not square" in trait for trait in read.traits)
@@ -79,7 +80,7 @@ def test_the_centre_square_is_taken_and_large_images_are_antialiased(tmp_path):
 def test_floating_point_pixels_are_unreadable(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "x.tiff")
     with pytest.raises(ValueError, match="floating-point"):
-        read_picture(tmp_path / "x.tiff", 8)
+        read_image(tmp_path / "x.tiff", 8)
 
 
 # ---------------------------------------------------------------------------------------------------- a folder
@@ -151,7 +152,7 @@ def test_file_names_that_are_no_utf8_or_hold_quotes_are_kept(settings, tmp_path)
         (folder / "cat" / f"{index:03d}.png").rename(folder / "cat" / os.fsdecode(name))
     ours = dataclasses.replace(settings, dataset=str(folder))
     data = load_dataset(ours)
-    keep_dataset(ours, data)
+    save_dataset(ours, data)
     with images_file(ours).with_name("splits.csv").open(newline="", errors="surrogateescape") as file:
         assert sorted(map(tuple, list(csv.reader(file))[1:])) == sorted(data.files)
     assert load_dataset(ours).fingerprint() == data.fingerprint()
@@ -159,7 +160,7 @@ def test_file_names_that_are_no_utf8_or_hold_quotes_are_kept(settings, tmp_path)
 
 def test_a_damaged_copy_in_the_runs_folder_is_named(settings, tmp_path):
     ours = dataclasses.replace(settings, dataset=str(write_folder(tmp_path / "x", 10)))
-    keep_dataset(ours, load_dataset(ours))
+    save_dataset(ours, load_dataset(ours))
     images_file(ours).write_bytes(images_file(ours).read_bytes()[:500])
     with pytest.raises(BadInput, match=r"images.npz cannot be read as npz .*: move it away"):
         load_dataset(ours)
@@ -179,15 +180,15 @@ def test_the_base_model_sees_the_files_and_not_the_classifiers_small_images(sett
     assert data.image_size == size
     seen = data.training_images(range(3), 128)
     name = next(name for name, _, split in data.files if split == "train")
-    assert seen.shape == (3, 3, 128, 128) and np.array_equal(seen[0], read_picture(folder / name, 128).pixels)
+    assert seen.shape == (3, 3, 128, 128) and np.array_equal(seen[0], read_image(folder / name, 128).pixels)
 
 
 def test_what_step_00_keeps_is_read_instead_of_the_files(settings, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "x, y", 10)
     ours = dataclasses.replace(settings, dataset=str(folder))
     data = load_dataset(ours)
-    keep_dataset(ours, data)
-    monkeypatch.setattr("sdlab.own_images.read_picture", None)  # would fail if it read a file
+    save_dataset(ours, data)
+    monkeypatch.setattr("sdlab.data.own_images.read_image", None)  # would fail if it read a file
     again = load_dataset(ours)
     assert again.fingerprint() == data.fingerprint() and again.findings() == data.findings()
     with images_file(ours).with_name("splits.csv").open(newline="") as file:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdlab import paper
-from sdlab.results import paper_gains
+from sdlab.report import paper
+from sdlab.report.tables import paper_gains
 from sdlab.settings import PROJECT_ROOT
 
 REFERENCE = Path(__file__).parent / "reference"  # as read from the paper and the authors' repositories

@@ -9,17 +9,20 @@ import torch
 from conftest import record_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from sdlab import base_models, planning
-from sdlab.base_models import load_base_model, unloaded
-from sdlab.datasets import dataset_facts
-from sdlab.files import write_json, write_sealed
-from sdlab.images import Facts
-from sdlab.paper import DATASETS
-from sdlab.planning import Work, make_plan, measure, simulated, warnings, workload
-from sdlab.results import actual, duration, plan_sentences, plan_table
-from sdlab.settings import PARAMS, BadInput, Settings
+from sdlab import base_models
+from sdlab.base_models import load_base_model, load_without_weights
+from sdlab.data.datasets import dataset_facts
+from sdlab.data.images import DatasetFacts
+from sdlab.errors import BadInput
+from sdlab.report.costs import format_hours, measured_costs, plan_sentences, plan_table
+from sdlab.report.paper import DATASETS
+from sdlab.runs.files import write_hashed_json, write_json
+from sdlab.settings import PARAMS, Settings
+from sdlab.tools import planning
+from sdlab.tools.measuring import measure
+from sdlab.tools.planning import Work, make_plan, simulate_pruning, warnings, workload
 
-FACTS = Facts(train=48, val=24, test=30, num_classes=3, image_size=8)
+FACTS = DatasetFacts(train=48, val=24, test=30, num_classes=3, image_size=8)
 
 
 def test_counts_are_those_of_the_notebooks(settings):
@@ -40,7 +43,7 @@ def test_counts_are_those_of_the_notebooks(settings):
 def test_the_papers_experiment_in_numbers():
     """CIFAR10: 31,250 Class-Encoder steps, 25,000 UNet steps, 50 + 50 trials of 4000 images, a pool of 400,000."""
     s = Settings.from_file(PARAMS / "cifar10.yaml")
-    most = workload(s, Facts(40_000, 10_000, 10_000, 10, 32), most=True)
+    most = workload(s, DatasetFacts(40_000, 10_000, 10_000, 10, 32), most=True)
     assert (most["01"].steps, most["03"].steps) == (31_250, 25_000)
     assert most["02"].images == most["04"].images == 51 * 4000 and most["05"].images == 400_000
     assert most["02"].passes == 51 * 4000 * 50 * 2
@@ -52,11 +55,11 @@ def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
     s = dataclasses.replace(settings, search_images=80, search_first_images=10, shard_size=10, search_1_trials=50,
                             search_reduction_factor=2)  # fmt: skip
     for pruner in ("successive_halving", "hyperband"):
-        visits = simulated(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
+        visits = simulate_pruning(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
         assert all(v[10] == 50 and v[10] >= v[20] >= v[40] >= v[80] > 0 for v in visits) and visits[0][80] < 50
     full = workload(s, FACTS, pruning=False)["02"].images
     assert workload(s, FACTS)["02"].images < full == workload(s, FACTS, most=True)["02"].images
-    assert simulated(dataclasses.replace(s, search_pruner="none"), "search_1", 50)[0][80] == 50
+    assert simulate_pruning(dataclasses.replace(s, search_pruner="none"), "search_1", 50)[0][80] == 50
 
 
 def test_what_a_finished_search_found_is_used(settings):
@@ -64,7 +67,7 @@ def test_what_a_finished_search_found_is_used(settings):
     before = workload(settings, FACTS)["03"].passes
     write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(point=point)))
     assert workload(settings, FACTS)["03"].passes == before  # not finished, so not believed
-    write_sealed(settings.run_folder / "records/02.json", record_of())
+    write_hashed_json(settings.run_folder / "records/02.json", record_of())
     assert workload(settings, FACTS)["03"].passes == 2 * 40 * 2
 
 
@@ -132,7 +135,7 @@ def test_disk_of_the_papers_size():
     costs = dataclasses.replace(
         blank_costs(), unet_parameters=865_910_724, table_numbers=11 * 77 * 1024, latent_numbers=1024
     )
-    facts = Facts(40_000, 10_000, 10_000, 10, 32)
+    facts = DatasetFacts(40_000, 10_000, 10_000, 10, 32)
     assert planning.disk(s, facts, costs, "03", Work()) / 1e9 == pytest.approx(10 * 1.732 + 10.39, rel=1e-3)
     assert planning.disk(s, facts, costs, "01", Work()) / 1e9 == pytest.approx(0.164 + 50 * 0.00347, rel=1e-2)
     assert planning.disk(s, facts, costs, "05", Work(images=400_000)) / 1e9 == pytest.approx(1.229, rel=1e-3)
@@ -159,13 +162,15 @@ def test_plan_and_actual_stand_side_by_side(settings):
     assert "took" not in plan_table(made) and len(plan_table(made)) == 6
     for number, bytes_so_far in (("00", 0), ("01", 3_000_000)):
         measured = dict(folder_bytes=bytes_so_far, peak_memory_bytes=700_000_000)
-        record = record_of(seconds=90.0, measured=measured, settings=settings.of_step(number))
-        write_sealed(settings.run_folder / f"records/{number}.json", record)
-    table = plan_table(made, actual(settings)).set_index("notebook")
+        record = record_of(seconds=90.0, measured=measured, settings=settings.of_stage(number))
+        write_hashed_json(settings.run_folder / f"records/{number}.json", record)
+    table = plan_table(made, measured_costs(settings)).set_index("notebook")
     assert table.loc["01_class_encoder", "took"] == "1.5 min" and table.loc["01_class_encoder", "disk used"] == "3 MB"
     assert table.loc["02_first_search", "took"] == "" and table.loc["all", "took"] == "3.0 min"
     assert made["device"] in plan_sentences(made)[0]
-    assert actual(dataclasses.replace(settings, image_size=9)) == {}  # taken with other settings: not this experiment's
+    assert (
+        measured_costs(dataclasses.replace(settings, image_size=9)) == {}
+    )  # taken with other settings: not this experiment's
 
 
 def test_a_plan_needs_neither_weights_nor_data(settings, base_folder, tmp_path, monkeypatch):
@@ -200,12 +205,12 @@ def test_the_configs_in_shapes_are_stable_diffusions(name, parameters, width):
 
 def test_a_base_model_of_unknown_size_cannot_be_planned(settings):
     with pytest.raises(BadInput, match="is not on this machine, so its size is not known"):
-        unloaded(dataclasses.replace(settings, base_model="a/b", base_model_revision="0" * 40))
+        load_without_weights(dataclasses.replace(settings, base_model="a/b", base_model_revision="0" * 40))
 
 
 @pytest.mark.parametrize(("hours", "text"), [(0.01, "0.6 min"), (2.5, "2.5 h"), (2400, "100 days")])
 def test_durations(hours, text):
-    assert duration(hours) == text
+    assert format_hours(hours) == text
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import tomllib
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -12,13 +13,18 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sdlab.run import BENCHMARKS, STEPS
+from sdlab.runs.records import BENCHMARKS, STAGES
 from sdlab.settings import PROJECT_ROOT
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
-ORDER = ("paper", "settings", "files", "run", "shards", "verify", "export", "images", "official", "own_images", "datasets", "pixels", "importance", "figures", "results", "base_models", "threads", "class_encoder",
-         "pipeline", "latents", "training", "generation", "classifier", "evaluation", "search", "planning", "benchmarks", "workflow")  # fmt: skip
+ORDER = """
+errors parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.storage runs.records runs.run
+data.pixels data.images data.npz data.pictures data.official data.own_images data.datasets data.model_files
+runs.shards runs.verify runs.export importance report.costs report.figures report.tables
+devices threads class_encoder pipeline base_models runs.resume latents training generation classifier evaluation
+runs.studies search tools.measuring tools.planning tools.cli
+""".split()
 
 
 def pins() -> dict[str, str]:
@@ -100,7 +106,7 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_there_is_a_notebook_for_every_step():
-    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in (*STEPS.values(), BENCHMARKS)]
+    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in (*STAGES.values(), BENCHMARKS)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -117,22 +123,26 @@ def test_notebooks_are_thin_stripped_and_have_one_parameters_cell(path):
     assert first.startswith(f"# {path.stem[:2]} ") and "| reads | writes | minutes" in first
 
 
+def imported_modules(path: Path) -> set[str]:
+    """The package's modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdlab":
+            inner = [f"{node.module}.{alias.name}".removeprefix("sdlab.") for alias in node.names]
+            modules = [name for name in inner if name in ORDER]
+            found |= set(modules) if modules else {node.module.removeprefix("sdlab").lstrip(".")}
+    return found - {""}
+
+
 def test_imports_run_one_way():
-    assert {p.stem for p in (PROJECT_ROOT / "sdlab").glob("*.py")} - {"__init__"} == set(ORDER)
-    for name in ORDER:
-        tree = ast.parse((PROJECT_ROOT / "sdlab" / f"{name}.py").read_text())
-        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module} | {
-            a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
-        }
-        ours = {m.split(".")[1] for m in imported if m.startswith("sdlab.")}
-        if "sdlab" in imported:  # from sdlab import paper
-            ours |= {
-                a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "sdlab" for a in n.names
-            }
-        late = {m for m in ours if ORDER.index(m) >= ORDER.index(name)} - ({"pixels"} if name == "images" else set())
+    package = PROJECT_ROOT / "sdlab"
+    files = {".".join(p.relative_to(package).with_suffix("").parts): p for p in package.rglob("*.py")}
+    files = {name: path for name, path in files.items() if path.stem != "__init__"}
+    assert files.keys() == set(ORDER)
+    for name, path in files.items():
+        late = {m for m in imported_modules(path) if ORDER.index(m) >= ORDER.index(name)}
         assert not late, f"{name} imports {late}"
-        if name == "training":
-            assert not any(m.split(".")[0] == "optuna" for m in imported)
+    assert "optuna" not in (package / "training.py").read_text()
 
 
 def reports():
@@ -146,7 +156,7 @@ def test_reports_are_complete_small_and_name_no_machines_path():
     names = {path.relative_to(PROJECT_ROOT / "reports").as_posix() for path in reports()}
     for table in ("table_1", "table_2"):
         assert {f"digits/{table}.{kind}" for kind in ("md", "csv", "tex", "png")} <= names
-    assert {f"digits/{step.stem}.ipynb" for step in STEPS.values()} | {"digits/figure_1.png"} <= names
+    assert {f"digits/{step.stem}.ipynb" for step in STAGES.values()} | {"digits/figure_1.png"} <= names
     for path in reports():
         assert path.stat().st_size <= 2 * 2**20, path
         if path.suffix != ".png":

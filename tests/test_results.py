@@ -9,9 +9,9 @@ import pytest
 import yaml
 from conftest import record_of
 
-from sdlab import figures, paper, results
-from sdlab.files import write_json, write_sealed
-from sdlab.results import (
+from sdlab.report import figures, paper
+from sdlab.report import tables as results
+from sdlab.report.tables import (
     LATEX,
     MARKDOWN,
     PLAIN,
@@ -25,8 +25,9 @@ from sdlab.results import (
     to_latex,
     to_markdown,
 )
-from sdlab.run import StepState
-from sdlab.workflow import plain_table
+from sdlab.runs.files import write_hashed_json, write_json
+from sdlab.runs.records import StageState
+from sdlab.tools.cli import plain_table
 
 
 def scored(accuracies, n=500):
@@ -158,7 +159,7 @@ def test_only_finished_experiments_are_collected(settings, monkeypatch):
                        ("foreign", "an_old_setting: 1"), ("empty", ""), ("broken", "a: [1")):  # fmt: skip
         (root / name).mkdir(parents=True)
         (root / name / "settings.yaml").write_text(text)
-    monkeypatch.setattr(results, "step_state", lambda s, n: StepState("done" if s.experiment == "good" else "begun"))
+    monkeypatch.setattr(results, "stage_state", lambda s, n: StageState("done" if s.experiment == "good" else "begun"))
     assert [e.settings.experiment for e in results.finished_experiments(settings)] == ["good"]
 
 
@@ -171,11 +172,11 @@ def test_tables_are_made_again_when_an_experiment_is_added_or_a_file_is_gone(exp
         save_table(folder, name, name, make(found), text, [])
     for name in ("figure_1.csv", "figure_1.png", "figure_steps.png", "figure_scaling.png"):
         (folder / name).touch()
-    write_json(folder / "sources.json", results.sources(found))
+    write_json(folder / "sources.json", results.experiment_digests(found))
     assert results.tables_are_current(settings)
     found = experiments
     assert not results.tables_are_current(settings)
-    write_json(folder / "sources.json", results.sources(found))
+    write_json(folder / "sources.json", results.experiment_digests(found))
     (folder / "table_2.tex").unlink()
     assert not results.tables_are_current(settings)
 
@@ -254,13 +255,13 @@ def test_names_are_no_formulas(tmp_path):
     results.draw_table(
         pd.DataFrame([{"data set": name, "who": name, "Real": "97.0*"}]), "title", tmp_path / "table.png"
     )
-    figure = figures.rows_of_images({name: np.zeros((2, 3, 8, 8), np.uint8)})
+    figure = figures.show_image_rows({name: np.zeros((2, 3, 8, 8), np.uint8)})
     figure.savefig(tmp_path / "rows.png")
     assert (tmp_path / "table.png").stat().st_size and (tmp_path / "rows.png").stat().st_size
 
 
 def test_a_run_that_kept_no_plan_says_so_and_older_records_are_no_obstacle(settings):
     assert results.kept_plan(settings) is None
-    write_sealed(settings.run_folder / "records/00.json", record_of(seconds=9.0, settings=settings.of_step("00")))
+    write_hashed_json(settings.run_folder / "records/00.json", record_of(seconds=9.0, settings=settings.of_stage("00")))
     took = results.actual(settings)["00"]
     assert took["hours"] == 0.0025 and results.size(took["disk_gb"]) == results.size(took["memory_gb"]) == "unknown"

@@ -13,18 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlab.files import (
-    alone,
+from sdlab.errors import BadInput
+from sdlab.runs.files import (
+    atomic_write,
+    file_lock,
     files_below,
-    half_files,
-    remove_left_over,
+    partial_writes,
+    remove_partial_writes,
     sha256_of_file,
+    write_hashed_json,
     write_json,
-    write_sealed,
-    written_beside,
 )
-from sdlab.run import STEPS, Lock, Run, change_within, cpu_name, read_record, step_state
-from sdlab.settings import BadInput
+from sdlab.runs.locks import Lock
+from sdlab.runs.records import STAGES, cpu_name, environment_change, read_record, stage_state
+from sdlab.runs.run import Run
 
 
 class Named:
@@ -39,7 +41,7 @@ class Named:
 
 def do(settings, number, content="x"):
     """Run a step that writes one file."""
-    run = Run(settings, STEPS[number].stem)
+    run = Run(settings, STAGES[number].stem)
     path = run.metrics(f"of_{number}")
     write_json(path, content)
     run.finish(path)
@@ -52,12 +54,12 @@ def test_steps_wait_for_what_they_read(settings):
     assert not settings.run_folder.exists()
     do(settings, "00")
     do(settings, "01")
-    assert [step_state(settings, n).state for n in ("00", "01", "02")] == ["done", "done", "not run"]
+    assert [stage_state(settings, n).state for n in ("00", "01", "02")] == ["done", "done", "not run"]
 
 
 def test_an_unfinished_step_is_not_upstream(settings):
     Run(settings, "00_data_and_base_model").lock.release()
-    assert step_state(settings, "00").state == "begun"
+    assert stage_state(settings, "00").state == "begun"
     with pytest.raises(BadInput, match="which is begun"):
         Run(settings, "01_class_encoder")
 
@@ -67,7 +69,7 @@ def test_other_settings_than_a_finished_steps_are_refused(settings):
     do(settings, "00")
     path = do(settings, "01")
     changed = dataclasses.replace(settings, class_encoder_learning_rate=0.5)
-    assert step_state(changed, "01").why == "made with other settings: class_encoder_learning_rate 0.003 -> 0.5"
+    assert stage_state(changed, "01").why == "made with other settings: class_encoder_learning_rate 0.003 -> 0.5"
     before = {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}
     with pytest.raises(
         BadInput,
@@ -86,20 +88,20 @@ def test_other_settings_than_a_begun_steps_are_refused(settings):
 def test_settings_that_no_result_depends_on_may_change(settings):
     do(settings, "00")
     moved = dataclasses.replace(settings, num_threads=2, device="cpu", search_1_trials=99)
-    assert step_state(moved, "00").state == "done"
+    assert stage_state(moved, "00").state == "done"
 
 
 def test_what_comes_after_a_changed_step_is_stale(settings):
     for number in ("00", "01", "02"):
         do(settings, number)
     changed = dataclasses.replace(settings, class_encoder_epochs=1)
-    assert step_state(changed, "02").why == "01_class_encoder is stale"
+    assert stage_state(changed, "02").why == "01_class_encoder is stale"
     record = read_record(settings, "01")
     path = settings.run_folder / "metrics/of_01.json"
     write_json(path, "made anew, with another result")
     record["outputs"]["metrics/of_01.json"] = dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
-    write_sealed(settings.run_folder / "records" / "01.json", record)
-    assert step_state(settings, "02").why == "01_class_encoder was made anew since"
+    write_hashed_json(settings.run_folder / "records" / "01.json", record)
+    assert stage_state(settings, "02").why == "01_class_encoder was made anew since"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_what_comes_after_a_changed_step_is_stale(settings):
 def test_damage_is_named(settings, damage, why):
     do(settings, "00")
     damage(do(settings, "01"))
-    state, path = step_state(settings, "01"), settings.run_folder / "metrics/of_01.json"
+    state, path = stage_state(settings, "01"), settings.run_folder / "metrics/of_01.json"
     assert state.state == "damaged" and why in state.why and "metrics/of_01.json" in state.why
     with pytest.raises(BadInput, match="run 01_class_encoder again"):
         Run(settings, "02_first_search")
@@ -122,7 +124,7 @@ def test_damage_is_named(settings, damage, why):
             Run(settings, "01_class_encoder")
         path.unlink()
     do(settings, "01")
-    assert step_state(settings, "01").state == "done"
+    assert stage_state(settings, "01").state == "done"
 
 
 def test_a_result_that_is_not_there_is_not_recorded(settings):
@@ -130,7 +132,7 @@ def test_a_result_that_is_not_there_is_not_recorded(settings):
     run = Run(settings, "00_data_and_base_model")
     with pytest.raises(BadInput, match=r"of_00\.json is missing: run all cells above"):
         run.finish(run.metrics("of_00"))
-    assert step_state(settings, "00").state == "begun"
+    assert stage_state(settings, "00").state == "begun"
     run.lock.release()
 
 
@@ -215,7 +217,7 @@ def test_a_step_that_goes_on_with_other_means_says_so(settings, capsys, monkeypa
         run = Run(settings, "00_data_and_base_model", base=base)
         run.lock.release()
         notes.append(capsys.readouterr().out.strip())
-        assert change_within(read_record(settings, "00")) == notes[-1]
+        assert environment_change(read_record(settings, "00")) == notes[-1]
     assert notes[:2] == ["", ""] and all(note.endswith(said) for note in notes[2:])
     assert (
         run.record["made_with"]["torch"] == torch.__version__.partition("+")[0]
@@ -240,7 +242,7 @@ def test_a_released_lock_is_free(tmp_path):
 def test_a_half_file_is_never_read(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError), written_beside(path) as beside:
+    with pytest.raises(RuntimeError), atomic_write(path) as beside:
         beside.write_text("{half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"old": 1}
@@ -261,17 +263,20 @@ def test_half_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_pat
     writers[0].kill()
     writers[0].wait()
     (tmp_path / ".x.json.part").write_text("half, of an earlier version")
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         write_json(path, 1)  # the same at once, from within
         assert beside.parent.is_dir()
         beside.write_text("2")
     assert path.read_text() == "2" and {p.name for p in tmp_path.iterdir()} == {"x.json", ".x.json.part", parts[1].name}
-    assert list(files_below(tmp_path)) == [path] and set(half_files(tmp_path)) == {parts[1], tmp_path / ".x.json.part"}
-    remove_left_over(half_files(tmp_path))
+    assert list(files_below(tmp_path)) == [path] and set(partial_writes(tmp_path)) == {
+        parts[1],
+        tmp_path / ".x.json.part",
+    }
+    remove_partial_writes(partial_writes(tmp_path))
     assert {*tmp_path.iterdir()} == {path, parts[1]}
     writers[1].kill()
     writers[1].wait()
-    remove_left_over(half_files(tmp_path))
+    remove_partial_writes(partial_writes(tmp_path))
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -285,10 +290,10 @@ def test_a_lock_is_one_processs_until_it_ends(tmp_path):
     code = f"import time; from pathlib import Path; from sdlab.files import alone\nwith alone(Path({str(tmp_path / 'l')!r})): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with alone(tmp_path / "l", wait=False) as mine:
+    with file_lock(tmp_path / "l", wait=False) as mine:
         assert not mine
     holder.kill()
-    with alone(tmp_path / "l") as mine, alone(tmp_path / "l", wait=False) as again:
+    with file_lock(tmp_path / "l") as mine, file_lock(tmp_path / "l", wait=False) as again:
         assert mine and not again
     holder.wait()
 
@@ -301,7 +306,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_leaves_what_was(tmp_path, monke
     def refuses(_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("sdlab.files.flush", refuses)
+    monkeypatch.setattr("sdlab.runs.files.flush", refuses)
     with pytest.raises(BadInput, match=rf"x.json cannot be written .*{os.strerror(number)}.*is intact"):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
@@ -320,7 +325,7 @@ def test_a_disk_without_locks_is_named_and_not_taken_for_a_disk_in_use(settings,
     )
     with pytest.raises(BadInput, match=rf"\.lock {said}"):
         Run(settings, "00_data_and_base_model")
-    with pytest.raises(BadInput, match=rf"cell {said}"), alone(tmp_path / "cell"):
+    with pytest.raises(BadInput, match=rf"cell {said}"), file_lock(tmp_path / "cell"):
         pass
     with pytest.raises(BadInput, match=rf"x.json {said}"):
         write_json(tmp_path / "x.json", {})
@@ -330,7 +335,7 @@ def test_a_damaged_record_is_refused(settings):
     do(settings, "00")
     (settings.run_folder / "records" / "00.json").write_text("{half")
     with pytest.raises(BadInput, match=r"records/00\.json is damaged"):
-        step_state(settings, "00")
+        stage_state(settings, "00")
 
 
 def test_progress_is_written_for_the_terminal(settings, monkeypatch):

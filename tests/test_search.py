@@ -12,13 +12,17 @@ from optuna.storages._cached_storage import _CachedStorage
 
 from sdlab import search as search_module
 from sdlab.classifier import Score
-from sdlab.evaluation import OperatingPoint
-from sdlab.images import Split
-from sdlab.run import STEPS, Run, StepState
-from sdlab.search import Ranges, final_ranges, first_ranges, open_study, run_search
-from sdlab.settings import BadInput
+from sdlab.data.images import Split
+from sdlab.errors import BadInput
+from sdlab.generation import SamplingConfig
+from sdlab.runs import studies
+from sdlab.runs.files import file_lock
+from sdlab.runs.records import STAGES, StageState
+from sdlab.runs.run import Run
+from sdlab.runs.studies import SearchSpace, open_study
+from sdlab.search import final_search_space, first_search_space, run_search
 
-RANGES = Ranges((5, 50), (0.0, 7.5), (1, 10))
+RANGES = SearchSpace((5, 50), (0.0, 7.5), (1, 10))
 
 
 class FakeSet:
@@ -37,7 +41,7 @@ class FakeSet:
         return 0.01 * count
 
 
-def cas(point: OperatingPoint, count: int) -> float:
+def cas(point: SamplingConfig, count: int) -> float:
     """Best at UGS 2, a little better with more images."""
     return 0.9 - 0.05 * abs(point.guidance_scale - 2) + 0.0001 * count + 0.0001 * point.class_encoder_epoch
 
@@ -47,8 +51,8 @@ def world(settings, monkeypatch):
     """Settings, a run whose upstream is taken as done, and a log of (point, images) as they are made and (split,) as scored."""
     settings = dataclasses.replace(settings, search_1_trials=24, search_images=400, search_first_images=100, search_reduction_factor=4,
                                    search_startup_trials=4, search_finalists=1)  # fmt: skip
-    monkeypatch.setattr("sdlab.run.step_state", lambda s, n: StepState("not run"))
-    monkeypatch.setitem(STEPS, "02", dataclasses.replace(STEPS["02"], upstream=()))
+    monkeypatch.setattr("sdlab.runs.records.stage_state", lambda s, n: StageState("not run"))
+    monkeypatch.setitem(STAGES, "02", dataclasses.replace(STAGES["02"], upstream=()))
     log = dict(made=[], scored=[], stop_after=None, stop_in_sheet=None)
 
     def sheet(split, path):
@@ -57,7 +61,7 @@ def world(settings, monkeypatch):
         return draw(split, path)
 
     draw = search_module.sheet
-    monkeypatch.setattr(search_module, "sheet", sheet)
+    monkeypatch.setattr(search_module, "save_image_grid", sheet)
 
     def make_set(run, base, data, point, count, seed, desc):
         if log["stop_after"] is not None and len(log["scored"]) >= log["stop_after"]:
@@ -69,15 +73,15 @@ def world(settings, monkeypatch):
         value = cas(train.point, len(train))
         return {name: [Score(value, 1.0, value, (value,) * 3, 30)] for name in splits}
 
-    monkeypatch.setattr(search_module, "make_set", make_set)
-    monkeypatch.setattr(search_module, "judge", judge)
+    monkeypatch.setattr(search_module, "generate_set", make_set)
+    monkeypatch.setattr(search_module, "train_and_score_classifiers", judge)
     return settings, log
 
 
 def searched(settings, data, trials=24):
     run = Run(settings, "02_first_search")
     try:
-        return run_search(run, None, data, "search_1", RANGES, trials, lambda e, s, g: OperatingPoint(e, 0, s, g)), run
+        return run_search(run, None, data, "search_1", RANGES, trials, lambda e, s, g: SamplingConfig(e, 0, s, g)), run
     finally:
         run.lock.release()
 
@@ -277,7 +281,7 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
             }
         return {name: of * len(seeds) for name, of in scored.items()}
 
-    monkeypatch.setattr(search_module, "judge", judge)
+    monkeypatch.setattr(search_module, "train_and_score_classifiers", judge)
     found, _ = searched(settings, data)
     assert len(found["finalists"]) == 3 and found["best"] == found["finalists"][0]
     best_value = max(t["value"] for t in found["trials"] if t["state"] == "complete")
@@ -288,9 +292,9 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
 def test_a_known_point_is_a_finalist_and_can_win(world, data):
     """Where the trials found nothing as good as what the steps before arrived at."""
     settings = dataclasses.replace(world[0], search_finalists=2, classifier_seeds=2)
-    known, run = OperatingPoint(50, 16, 8, 2.0), Run(settings, "02_first_search")
-    far = Ranges((5, 50), (5.0, 7.5), (1, 10))  # away from UGS 2, where the best is
-    found = run_search(run, None, data, "search_2", far, 5, lambda e, s, g: OperatingPoint(e, 1, s, g), known)
+    known, run = SamplingConfig(50, 16, 8, 2.0), Run(settings, "02_first_search")
+    far = SearchSpace((5, 50), (5.0, 7.5), (1, 10))  # away from UGS 2, where the best is
+    found = run_search(run, None, data, "search_2", far, 5, lambda e, s, g: SamplingConfig(e, 1, s, g), known)
     run.lock.release()
     assert found["best"]["number"] == "known" and found["best"]["point"] == dataclasses.asdict(known)
     assert len(found["finalists"]) == 3
@@ -298,10 +302,10 @@ def test_a_known_point_is_a_finalist_and_can_win(world, data):
 
 def test_all_trials_use_the_same_noise(world, data, monkeypatch):
     seeds = []
-    make = search_module.make_set
+    make = search_module.generate_set
     monkeypatch.setattr(
         search_module,
-        "make_set",
+        "generate_set",
         lambda run, base, data, point, count, seed, desc: (
             seeds.append(seed) or make(run, base, data, point, count, seed, desc)
         ),
@@ -312,9 +316,9 @@ def test_all_trials_use_the_same_noise(world, data, monkeypatch):
 
 def test_ranges_of_both_searches(settings):
     s = dataclasses.replace(settings, search_min_steps=5, search_max_steps=50, class_encoder_epochs=50, unet_epochs=10)
-    assert first_ranges(s) == Ranges((5, 50), (0.0, 7.5), (1, 50))
-    assert final_ranges(s, OperatingPoint(30, 0, 31, 1.75)) == Ranges((5, 31), (0.0, 3.5), (1, 10))
-    assert final_ranges(s, OperatingPoint(30, 0, 5, 0.0)) == Ranges((5, 5), (0.0, 0.0), (1, 10))
+    assert first_search_space(s) == SearchSpace((5, 50), (0.0, 7.5), (1, 50))
+    assert final_search_space(s, SamplingConfig(30, 0, 31, 1.75)) == SearchSpace((5, 31), (0.0, 3.5), (1, 10))
+    assert final_search_space(s, SamplingConfig(30, 0, 5, 0.0)) == SearchSpace((5, 5), (0.0, 0.0), (1, 10))
 
 
 def test_degenerate_ranges_are_searched(world, data):
@@ -322,7 +326,13 @@ def test_degenerate_ranges_are_searched(world, data):
     settings, _ = world
     run = Run(settings, "02_first_search")
     found = run_search(
-        run, None, data, "search_2", Ranges((5, 5), (0.0, 0.0), (1, 10)), 6, lambda e, s, g: OperatingPoint(e, 0, s, g)
+        run,
+        None,
+        data,
+        "search_2",
+        SearchSpace((5, 5), (0.0, 0.0), (1, 10)),
+        6,
+        lambda e, s, g: SamplingConfig(e, 0, s, g),
     )
     assert {(t["params"]["num_inference_steps"], t["params"]["guidance_scale"]) for t in found["trials"]} == {(5, 0.0)}
     run.lock.release()
@@ -353,18 +363,17 @@ def test_a_trial_that_was_told_meanwhile_is_not_taken(world, data, monkeypatch):
     run = Run(settings, "02_first_search")
     study, other = open_study(settings, "search_1"), open_study(settings, "search_1")
     study.ask()
-    alone = search_module.alone
 
     def told_meanwhile(path, wait=True):
         if path.name.endswith("-000"):
             other.tell(0, 0.5)
-        return alone(path, wait)
+        return file_lock(path, wait)
 
     with monkeypatch.context() as patched:
-        patched.setattr(search_module, "alone", told_meanwhile)
-        with search_module.claimed(run, study, 1) as trial:
+        patched.setattr(studies, "file_lock", told_meanwhile)
+        with search_module.claim_trial(run, study, 1) as trial:
             assert trial is None
-    with search_module.claimed(run, study, 2) as trial:
+    with search_module.claim_trial(run, study, 2) as trial:
         assert trial.number == 1
         with pytest.raises(BadInput, match=r"at a trial of smoke-search_1 .*nothing was done"):
             search_module.rename_study(settings, "search_1", "aside")

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from sdlab.settings import PARAMS, BadInput, Settings, assigned_names, read_parameters
+from sdlab.errors import BadInput
+from sdlab.parameters import assigned_names, read_parameters
+from sdlab.settings import PARAMS, Settings
 
 GIVEN = {"experiment": "x", "dataset": "digits"}
 

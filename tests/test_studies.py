@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sdlab.benchmarks import longer_studies, table_of, table_text
+from benchmarks import longer_studies, table_of, table_text
 from sdlab.settings import PROJECT_ROOT, Settings
 
 SCRIPTS = PROJECT_ROOT / "scripts"

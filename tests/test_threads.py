@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 
-from sdlab.threads import in_threads
+from sdlab.threads import map_in_threads
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def four_threads():
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_results_in_order_and_threads_shared(four_threads, workers):
-    found = in_threads(lambda item, go_on: (item, torch.get_num_threads()), range(6), workers)
+    found = map_in_threads(lambda item, go_on: (item, torch.get_num_threads()), range(6), workers)
     assert found == [(item, 4 // workers) for item in range(6)]
     assert torch.get_num_threads() == 4
 
@@ -45,5 +45,5 @@ def test_a_failure_ends_the_others(four_threads, failing):
             raise
 
     with pytest.raises(ValueError, match="out of memory"):
-        in_threads(work, range(5), 2)
+        map_in_threads(work, range(5), 2)
     assert ended == [1 - failing] and torch.get_num_threads() == 4

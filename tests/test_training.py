@@ -15,19 +15,12 @@ from safetensors.torch import load_file
 from sdlab import latents, training
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder, ClassTable
+from sdlab.data.pixels import to_model
+from sdlab.errors import BadInput
 from sdlab.latents import Moments, encode_images
-from sdlab.pixels import to_model
-from sdlab.settings import BadInput
-from sdlab.training import (
-    TrainingPlan,
-    cosine,
-    fine_tune_unet,
-    halved,
-    load_checkpoint,
-    noise_loss,
-    save_checkpoint,
-    train,
-)
+from sdlab.runs.checkpoints import half_precision_copy, load_checkpoint, save_checkpoint
+from sdlab.runs.resume import TrainingPosition
+from sdlab.training import TrainingPlan, cosine, fine_tune_unet, noise_loss, train
 
 
 class Killed(Exception):
@@ -147,8 +140,8 @@ def test_killed_before_its_last_checkpoint_history_or_state(
 
     def dies_at_the_last(*arguments):
         calls.append(arguments)
-        at = next((a for a in arguments if isinstance(a, training.Position)), None)
-        if at == training.Position(3) or (at is None and len(calls) == 3):
+        at = next((a for a in arguments if isinstance(a, TrainingPosition)), None)
+        if at == TrainingPosition(3) or (at is None and len(calls) == 3):
             raise Killed
         return original(*arguments)
 
@@ -314,7 +307,7 @@ def test_weights_beyond_half_precision_are_refused(base):
     with torch.no_grad():
         base.unet.conv_in.weight[0, 0, 0, 0] = 1e5
     with pytest.raises(BadInput, match=r"conv_in.weight are beyond the range of float16"):
-        halved(base.unet)
+        half_precision_copy(base.unet)
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
@@ -328,7 +321,7 @@ def test_half_precision_trains_float32_weights_and_resumes_to_the_same_bytes(
     def started(folder, **more):
         base = load_base_model(half)
         if part == "unet":
-            base = base.to_train()
+            base = base.with_trainable_unet()
         return fit(base, moments, folder, plan(part), **more)
 
     _, history = started(tmp_path / "whole")

@@ -16,13 +16,14 @@ import yaml
 from click.testing import CliRunner
 from conftest import SMOKE
 
-from sdlab import workflow
-from sdlab.datasets import load_dataset
-from sdlab.files import write_json
-from sdlab.planning import make_plan
-from sdlab.run import STEPS, Run
+from sdlab.data.datasets import load_dataset
+from sdlab.runs.files import write_json
+from sdlab.runs.records import STAGES
+from sdlab.runs.run import Run
 from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
-from sdlab.workflow import Watcher, cli, plain_table
+from sdlab.tools import cli as workflow
+from sdlab.tools.cli import Watcher, cli, plain_table
+from sdlab.tools.planning import make_plan
 
 
 def invoke(*arguments):
@@ -116,7 +117,7 @@ def test_no_password_and_no_path_of_this_machine_stay_in_an_executed_copy(file, 
     papermill.execute_notebook(
         workflow.unformatted(output), workflow.unformatted(output), given, prepare_only=True, progress_bar=False
     )
-    text = workflow.keep_executed(settings, STEPS["00"], output).read_text()
+    text = workflow.save_executed_copy(settings, STAGES["00"], output).read_text()
     assert all(word not in text for word in ("gehe", "f\\\\xfcr", "für", str(PROJECT_ROOT)))
     _, injected, shown = nbformat.reads(text, 4).cells
     assert 'storage = "(storage)"' in injected.source and 'runs_root = "runs"' in injected.source
@@ -125,7 +126,7 @@ def test_no_password_and_no_path_of_this_machine_stay_in_an_executed_copy(file, 
 
 def test_a_full_disk_under_what_is_printed_is_said():
     """The system names no file: a notebook at work in the temporary folder, or this command's output into a log."""
-    said = workflow.in_words(OSError(errno.ENOSPC, "No space left on device"), "run")
+    said = workflow.describe_error(OSError(errno.ENOSPC, "No space left on device"), "run")
     assert said.startswith(
         f"{tempfile.gettempdir()}, or where this command prints to, cannot be written (No space left"
     )
@@ -251,7 +252,7 @@ def test_an_error_of_our_own_is_one_sentence_too(monkeypatch, debug):
     def breaks(*_):
         raise KeyError("x")
 
-    monkeypatch.setattr(workflow, "step_state", breaks)
+    monkeypatch.setattr(workflow, "stage_state", breaks)
     done = CliRunner().invoke(cli, ["--debug"] * debug + ["status", "digits"])
     assert done.exit_code == 1
     if debug:

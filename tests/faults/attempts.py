@@ -21,11 +21,12 @@ import torch
 import yaml
 
 from sdlab import evaluation, generation, latents, search, training
-from sdlab.run import STEPS
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings
+from sdlab.errors import BadInput
+from sdlab.runs.records import STAGES
+from sdlab.settings import PROJECT_ROOT, Settings
 
 TESTS = Path(__file__).parents[1]
-NUMBERS = tuple(STEPS)
+NUMBERS = tuple(STAGES)
 # Clocked, or a hash of what is.
 CLOCKED = {"seconds", "generation_seconds", "trial_seconds", "seconds_per_image_step", "sha256"}
 NOT_COMPARED = {"metrics/plan.json", "metrics/tables.json"}  # times, and hashes of records
@@ -167,8 +168,8 @@ def warm() -> None:
     import diffusers
     import in_process  # noqa: F401  (registers papermill's engine)
 
-    import sdlab.figures
-    import sdlab.results  # noqa: F401
+    import sdlab.report.figures
+    import sdlab.report.tables  # noqa: F401
 
     _ = diffusers.AutoencoderKL, diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # loaded when named
     torch.set_num_threads(1)
@@ -229,7 +230,7 @@ def run_here(file: Path, step: str, at: int | None, number: int, log: Path | Non
         log_work(log, step)
     try:
         papermill.execute_notebook(
-            PROJECT_ROOT / "notebooks" / f"{STEPS[step].stem}.ipynb", None, parameters=settings.as_dict(),
+            PROJECT_ROOT / "notebooks" / f"{STAGES[step].stem}.ipynb", None, parameters=settings.as_dict(),
             engine_name="in-process", progress_bar=False, cwd=PROJECT_ROOT / "notebooks",
         )  # fmt: skip
     except BadInput as error:

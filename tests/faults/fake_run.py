@@ -10,10 +10,11 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from sdlab.files import checkpoint_sha, sha256_of_file, write_json, write_sealed
-from sdlab.run import STEPS, digest, note_notebook, read_record, record_path
+from sdlab.runs.checkpoints import checkpoint_sha
+from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
+from sdlab.runs.records import STAGES, read_record, record_digest, record_notebook, record_path
+from sdlab.runs.shards import shard_path
 from sdlab.settings import Settings
-from sdlab.shards import shard_path
 
 CLASSES, KEY = ("left", "right"), "0123456789abcdef"
 POINT = dict(class_encoder_epoch=1, unet_epoch=1, num_inference_steps=3, guidance_scale=1.5)
@@ -39,12 +40,12 @@ def write_run(settings: Settings) -> Path:
     write_set(folder)
     write_metrics(folder)
     write_searches(folder)
-    for number, step in STEPS.items():
+    for number, step in STAGES.items():
         outputs = [path for name in OF_STEP[number] for path in files_below(folder / name) if path.stem != "resume"]
         record = dict(
             step=step.stem,
-            settings=settings.of_step(number),
-            upstream={n: digest(read_record(settings, n)) for n in step.upstream},
+            settings=settings.of_stage(number),
+            upstream={n: record_digest(read_record(settings, n)) for n in step.upstream},
             inputs={},
             outputs={path.relative_to(folder).as_posix(): noted(path) for path in outputs},
             beside={"settings.yaml": noted(folder / "settings.yaml")} if number == "07" else {},
@@ -55,11 +56,11 @@ def write_run(settings: Settings) -> Path:
             opened_at=1e9 + int(number),
             made_with={},
         )
-        write_sealed(record_path(settings, number), record)
+        write_hashed_json(record_path(settings, number), record)
     notebook = folder / "notebooks" / "07_paper_tables.ipynb"
     notebook.parent.mkdir()
     notebook.write_text("{}")
-    note_notebook(settings, STEPS["07"], notebook)
+    record_notebook(settings, STAGES["07"], notebook)
     return folder
 
 
@@ -96,7 +97,7 @@ def write_set(folder: Path, shards: int = 2, size: int = 4) -> None:
     noted_shards = {str(i): dict(sha256=sha256_of_file(shard_path(made, i)), seconds=0.1) for i in range(shards)}
     plan = dict(shard_size=size, seed=0, image_size=8, labels=[0, 1], num_inference_steps=3)
     made_from = dict(point=POINT, checkpoints=checkpoints, labels="0" * 64)
-    write_sealed(made / "manifest.json", dict(key=KEY, plan=plan, made_from=made_from, shards=noted_shards))
+    write_hashed_json(made / "manifest.json", dict(key=KEY, plan=plan, made_from=made_from, shards=noted_shards))
 
 
 def write_metrics(folder: Path) -> None:

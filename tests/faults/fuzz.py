@@ -35,14 +35,15 @@ from fake_run import KEY, write_run
 from make_data import pictures
 
 from sdlab.base_models import load_base_model
-from sdlab.files import read_sealed, sha256_of_file, sha256_of_json
-from sdlab.images import read_arrays
-from sdlab.official import read_npz
-from sdlab.own_images import images_file, kept_images, read_picture
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings, brief
-from sdlab.shards import stored_shards
-from sdlab.training import Position, load_resume_state, save_resume_state
-from sdlab.verify import verify, whole_resume_state
+from sdlab.data.npz import read_arrays, read_npz
+from sdlab.data.own_images import images_file, load_saved_images
+from sdlab.data.pictures import read_image
+from sdlab.errors import BadInput, brief
+from sdlab.runs.files import read_hashed_json, sha256_of_file, sha256_of_json
+from sdlab.runs.resume import TrainingPosition, load_resume_state, save_resume_state
+from sdlab.runs.shards import read_shards
+from sdlab.runs.verify import is_resume_state_intact, verify
+from sdlab.settings import PROJECT_ROOT, Settings
 
 SECONDS, MEMORY = 5, 2 * 2**30
 INTERESTING = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
@@ -234,7 +235,7 @@ class Target:
         self.optimizer.step()
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.state = self.folder / "resume.safetensors"
-        at = Position(1, 1, torch.Generator().get_state(), [torch.tensor(1.0)], 1.0)
+        at = TrainingPosition(1, 1, torch.Generator().get_state(), [torch.tensor(1.0)], 1.0)
         save_resume_state(self.state, "lineage", at, self.model, self.optimizer, self.scaler)
 
     def restored(self, path):
@@ -261,19 +262,19 @@ class Target:
             else damaged(as_npz(self.kept_arrays, False), rng)
         )
         path.write_bytes(made)
-        return lambda: kept_images(self.settings, "key")
+        return lambda: load_saved_images(self.settings, "key")
 
     def image(self, rng):
         name = rng.choice(list(self.images))
         path = self.folder / f"x{Path(name).suffix}"
         path.write_bytes(damaged(self.images[name], rng))
-        return lambda: read_picture(path, 16)
+        return lambda: read_image(path, 16)
 
     def png(self, rng):
         name = rng.choice([name for name in self.images if name.endswith(".png")])
         path = self.folder / "x.png"
         path.write_bytes(with_right_checksums(damaged(self.images[name], rng)))
-        return lambda: read_picture(path, 16)
+        return lambda: read_image(path, 16)
 
     def a_shard(self, rng):
         """Whose hash the manifest has: what was exchanged together with it."""
@@ -282,7 +283,7 @@ class Target:
         manifest = json.loads(json.dumps(self.manifest))
         manifest["shards"]["0"]["sha256"] = sha256_of_file(path)
         self.seal(self.set / "manifest.json", manifest)
-        return lambda: list(stored_shards(self.set, 8))
+        return lambda: list(read_shards(self.set, 8))
 
     def seal(self, path, value):
         value = {k: v for k, v in value.items() if k != "sha256"}
@@ -291,11 +292,11 @@ class Target:
     def a_manifest(self, rng):
         """Sealed anew where it is JSON still."""
         self.shard.write_bytes(self.restored(self.shard))
-        return self.sealed(self.set / "manifest.json", rng, lambda: list(stored_shards(self.set, 8)))
+        return self.sealed(self.set / "manifest.json", rng, lambda: list(read_shards(self.set, 8)))
 
     def record(self, rng):
         path = self.run / "records" / f"0{rng.randrange(8)}.json"
-        return self.sealed(path, rng, lambda: (read_sealed(path), verify(self.settings)))
+        return self.sealed(path, rng, lambda: (read_hashed_json(path), verify(self.settings)))
 
     def sealed(self, path, rng, read):
         original = self.restored(path)
@@ -319,7 +320,7 @@ class Target:
         path = self.folder / "damaged.safetensors"
         path.write_bytes(damaged(self.restored(self.state), rng))
         return lambda: (
-            whole_resume_state(path), load_resume_state(path, "lineage", self.model, self.optimizer, self.scaler)
+            is_resume_state_intact(path), load_resume_state(path, "lineage", self.model, self.optimizer, self.scaler)
         )  # fmt: skip
 
     def parameters(self, rng):

@@ -27,8 +27,8 @@ from pathlib import Path
 import click
 from attempts import NUMBERS, attempt, before, content, differing, make_stages
 
+from sdlab.runs.verify import verify
 from sdlab.settings import Settings
-from sdlab.verify import verify
 
 ERRORS = (errno.ENOSPC, errno.EIO)  # in turn
 ROOM = "it found room"

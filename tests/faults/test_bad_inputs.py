@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 from test_own_images import arrays
 
 from sdlab.settings import Settings
-from sdlab.workflow import cli
+from sdlab.tools.cli import cli
 
 SECONDS, LONGEST = 30, 700  # of a row, and characters of a sentence
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from conftest import BIN, SMOKE, command
 
-from sdlab import workflow
-from sdlab.files import inside, sha256_of_file, write_sealed
-from sdlab.run import read_record
-from sdlab.settings import BadInput, Settings
-from sdlab.verify import verify
+from sdlab.errors import BadInput
+from sdlab.runs.files import is_inside, sha256_of_file, write_hashed_json
+from sdlab.runs.records import read_record
+from sdlab.runs.verify import verify
+from sdlab.settings import Settings
+from sdlab.tools import cli as workflow
 
 FILES = int(os.environ.get("SDLAB_DAMAGED_FILES", 60))  # `make faults` damages more
 
@@ -103,7 +104,7 @@ def test_foreign_files_and_hostile_names_are_named(run):
     content = json.loads(record.read_text())
     content.pop("sha256")
     content["outputs"]["../../../etc/passwd"] = dict(sha256="0" * 64, bytes=1)
-    write_sealed(record, content)
+    write_hashed_json(record, content)
     found = {finding.path: finding for finding in verify(settings)[0]}
     assert found["records/07.json"].state == "damaged"
     with pytest.raises(BadInput, match=r"names '../../../etc/passwd', which is outside the folder: move it away"):
@@ -115,7 +116,7 @@ def test_foreign_files_and_hostile_names_are_named(run):
     [("a/b.json", True), ("../x", False), ("a/../../x", False), ("/etc/x", False), ("a\\..\\x", False)],
 )
 def test_names_stay_inside(name, good):
-    assert inside(name) == good
+    assert is_inside(name) == good
 
 
 @pytest.mark.parametrize("what", ["a shard", "a checkpoint", "a score", "a record"])
@@ -178,8 +179,8 @@ def test_redo_that_is_cut_does_it_the_next_time(run, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(workflow, "move_aside", cut)
-        workflow.set_aside(settings, "02")
-    workflow.set_aside(settings, "02")
+        workflow.move_stages_aside(settings, "02")
+    workflow.move_stages_aside(settings, "02")
     assert not (settings.run_folder / "metrics" / "search_1.json").exists()
     with sqlite3.connect(settings.run_folder / "searches.db") as database:
         names = [row[0] for row in database.execute("select study_name from studies")]
@@ -192,7 +193,7 @@ def test_repair_beside_a_run_touches_nothing(run, monkeypatch):
     damage(shard, None, "altered", random.Random(1))
     bad = shard.read_bytes()
     monkeypatch.setattr(workflow.Lock, "PATIENCE", 0.1)
-    with workflow.at_work(settings, "sdlab run"):
+    with workflow.exclusive_command(settings, "sdlab run"):
         done = command(BIN / "sdlab", "repair", file, shard.relative_to(settings.run_folder).as_posix())
     assert done.returncode == 1 and "is in use by sdlab run" in done.stderr
     assert shard.read_bytes() == bad and not (settings.run_folder / "aside").exists()

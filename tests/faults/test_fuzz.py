@@ -24,13 +24,16 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 
-from sdlab.files import checkpoint_sha, read_json, read_sealed, sha256_of_file, sha256_of_json
-from sdlab.images import read_arrays
-from sdlab.own_images import read_picture
-from sdlab.run import STEPS, read_record, step_state
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings, from_yaml
-from sdlab.shards import stored_shards
-from sdlab.verify import Finding, verify
+from sdlab.data.npz import read_arrays
+from sdlab.data.pictures import read_image
+from sdlab.errors import BadInput
+from sdlab.parameters import from_yaml
+from sdlab.runs.checkpoints import checkpoint_sha
+from sdlab.runs.files import read_hashed_json, read_json, sha256_of_file, sha256_of_json
+from sdlab.runs.records import STAGES, read_record, stage_state
+from sdlab.runs.shards import read_shards
+from sdlab.runs.verify import Finding, verify
+from sdlab.settings import PROJECT_ROOT, Settings
 
 EXAMPLES = int(os.environ.get("SDLAB_FUZZ", 60))  # `make faults` sets more
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"sdlab-hypothesis-{os.getuid()}")  # not in the repository
@@ -174,7 +177,7 @@ JSON = st.recursive(
 def test_any_bytes_are_json_or_a_refusal(file, content):
     path = file.with_name("any.json")
     path.write_bytes(content)
-    for read in (read_json, read_sealed):
+    for read in (read_json, read_hashed_json):
         read_or_refused(read, path)
 
 
@@ -225,12 +228,12 @@ def run(tmp_path_factory):
     where = dict(runs_root=str(folder / "runs"), reports_root=str(folder / "reports"))
     settings = Settings.from_mapping(yaml.safe_load(SMOKE.read_text()) | where)
     write_run(settings)
-    assert verify(settings)[0] == [] and {step_state(settings, n).state for n in STEPS} == {"done"}
+    assert verify(settings)[0] == [] and {stage_state(settings, n).state for n in STAGES} == {"done"}
     return settings
 
 
 SET = f"synthetic/{KEY}/manifest.json"
-SEALED = [*(f"records/{n}.json" for n in STEPS), "records/07.notebook.json", SET]
+SEALED = [*(f"records/{n}.json" for n in STAGES), "records/07.notebook.json", SET]
 
 
 class Altered:
@@ -252,10 +255,10 @@ class Altered:
 
 def whatever_reads(settings):
     """Everything that reads a record, a checkpoint's manifest or a set's."""
-    for number in STEPS:
+    for number in STAGES:
         read_or_refused(read_record, settings, number)
-        read_or_refused(step_state, settings, number)
-    read_or_refused(lambda: list(stored_shards(settings.run_folder / "synthetic" / KEY, 8)))
+        read_or_refused(stage_state, settings, number)
+    read_or_refused(lambda: list(read_shards(settings.run_folder / "synthetic" / KEY, 8)))
     for part in ("class_encoder", "unet"):
         read_or_refused(checkpoint_sha, settings.run_folder / part, 1)
     looked_at(settings)
@@ -304,11 +307,11 @@ def looked_at(settings):
 @many
 @given(st.data())
 def test_a_sealed_record_of_any_content_has_a_state(run, data):
-    number = data.draw(st.sampled_from(list(STEPS)))
+    number = data.draw(st.sampled_from(list(STAGES)))
     with Altered(run.run_folder / "records" / f"{number}.json", data):
-        for n in STEPS:
+        for n in STAGES:
             read_or_refused(read_record, run, n)
-            read_or_refused(step_state, run, n)
+            read_or_refused(stage_state, run, n)
 
 
 @many
@@ -336,7 +339,7 @@ def test_a_checkpoints_manifest_of_any_content_is_read_or_refused(run, data):
 @given(st.data())
 def test_a_sets_manifest_of_any_content_is_read_or_refused(run, data):
     with Altered(run.run_folder / SET, data):
-        read_or_refused(lambda: list(stored_shards(run.run_folder / "synthetic" / KEY, 8)))
+        read_or_refused(lambda: list(read_shards(run.run_folder / "synthetic" / KEY, 8)))
 
 
 @many
@@ -421,7 +424,7 @@ def test_pages_without_end_are_not_counted(tmp_path):
     tiff_in_a_ring(tmp_path / "x.tiff")
     for name in ("x.gif", "x.tiff"):
         started = time.monotonic()
-        assert "several frames" in read_picture(tmp_path / name, 4).traits[0]
+        assert "several frames" in read_image(tmp_path / name, 4).traits[0]
         assert time.monotonic() - started < 1
 
 

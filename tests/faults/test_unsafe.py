@@ -35,7 +35,7 @@ UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code"}
 
 
 def sources():
-    for path in [*(PROJECT_ROOT / "sdlab").glob("*.py"), *(PROJECT_ROOT / "scripts").glob("*.py")]:
+    for path in [*(PROJECT_ROOT / "sdlab").rglob("*.py"), *(PROJECT_ROOT / "scripts").glob("*.py")]:
         yield path.name, path.read_text()
     for path in (PROJECT_ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
@@ -73,7 +73,7 @@ def test_nothing_unpickles_or_runs_what_it_reads():
 def test_parameters_are_read_by_a_loader_that_makes_plain_values_only():
     import yaml
 
-    from sdlab.settings import Flat
+    from sdlab.parameters import Flat
 
     assert issubclass(Flat, yaml.SafeLoader)
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import BIN, ENVIRONMENT, SMOKE, command
 
+from sdlab.runs.verify import verify
 from sdlab.settings import Settings
-from sdlab.verify import verify
 
 TRIALS = 10
 

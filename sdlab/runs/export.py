@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sdlab.files import read_json, write_json, written_beside
-from sdlab.run import STEPS, step_state
-from sdlab.settings import BadInput, Settings, brief
-from sdlab.shards import stored_shards
+from sdlab.errors import BadInput, brief
+from sdlab.runs.files import atomic_write, read_json, write_json
+from sdlab.runs.records import STAGES, stage_state
+from sdlab.runs.shards import read_shards
+from sdlab.settings import Settings
 
 
-def export(settings: Settings, target: Path, images: int | None = None, progress: Callable = tqdm) -> dict:
+def export_set(settings: Settings, target: Path, images: int | None = None, progress: Callable = tqdm) -> dict:
     """Write the first `images` of the pool of notebook 05 (default: the size it chose) to `target`; what it says of itself.
 
     `target` is a folder to make (`000_name/000000.png`, one subfolder a class, readable as torchvision's ImageFolder;
@@ -29,9 +30,9 @@ def export(settings: Settings, target: Path, images: int | None = None, progress
     Raises `BadInput` if `target` exists, if notebook 05 is not finished, for more images than it made, for a damaged
     shard, and where the disk has no room.
     """
-    if step_state(settings, "05").state != "done":
+    if stage_state(settings, "05").state != "done":
         raise BadInput(
-            f"{settings.experiment} has no synthetic set yet: {STEPS['05'].stem} is {step_state(settings, '05').state} "
+            f"{settings.experiment} has no synthetic set yet: {STAGES['05'].stem} is {stage_state(settings, '05').state} "
             f"(`sdlab run {settings.experiment}`)."
         )
     about = description(settings, images)
@@ -48,7 +49,7 @@ def export(settings: Settings, target: Path, images: int | None = None, progress
     if not target.absolute().parent.is_dir():
         raise BadInput(f"There is no folder {target.absolute().parent}: make it first.")
     folder = settings.run_folder / "synthetic" / about["synthetic"]
-    first = next(stored_shards(folder, 1))[0]
+    first = next(read_shards(folder, 1))[0]
     size = about["images"] * first[0].size
     free = shutil.disk_usage(target.absolute().parent).free
     if size > free:
@@ -56,9 +57,9 @@ def export(settings: Settings, target: Path, images: int | None = None, progress
             f"The set has up to {size / 1e9:.1f} GB, and {target.absolute().parent} has {free / 1e9:.1f} GB free."
         )
     about |= dict(image_size=first.shape[-1])
-    shards = stored_shards(folder, about["images"])
+    shards = read_shards(folder, about["images"])
     write = write_npz if target.suffix else write_folder
-    with progress(total=about["images"], desc="export", unit="img") as bar, written_beside(target) as beside:
+    with progress(total=about["images"], desc="export", unit="img") as bar, atomic_write(target) as beside:
         write(beside, shards, about, bar.update)
     return about
 
@@ -69,7 +70,7 @@ def description(settings: Settings, images: int | None) -> dict:
     scaling = read_json(folder / "metrics" / "scaling.json")
     made, chosen = scaling["pool"], read_json(folder / "metrics" / f"x{int(scaling['chosen'][1:]):02d}.json")
     if images is not None and not 1 <= images <= made["images"]:
-        raise BadInput(f"`--images` is {images}: {STEPS['05'].stem} made {made['images']} (allowed is 1 to that).")
+        raise BadInput(f"`--images` is {images}: {STAGES['05'].stem} made {made['images']} (allowed is 1 to that).")
     real = read_json(folder / "metrics" / "real.json")
     scores = {
         name: {k: cell["test"][k] for k in ("mean", "std", "n")} for name, cell in (("chosen", chosen), ("real", real))
@@ -90,7 +91,7 @@ def description(settings: Settings, images: int | None) -> dict:
 
 def write_folder(target: Path, shards: Iterator[tuple[np.ndarray, np.ndarray]], about: dict, made: Callable) -> None:
     """A PNG an image, named by its place in the sequence."""
-    folders = [target / f"{index:03d}_{safe(name)}" for index, name in enumerate(about["classes"])]
+    folders = [target / f"{index:03d}_{folder_name(name)}" for index, name in enumerate(about["classes"])]
     for folder in folders:
         folder.mkdir(parents=True)
     place = 0
@@ -120,6 +121,6 @@ def write_npz(target: Path, shards: Iterator[tuple[np.ndarray, np.ndarray]], abo
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def safe(name: str) -> str:
+def folder_name(name: str) -> str:
     """A class's name as a part of a folder's."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:60] or "class"

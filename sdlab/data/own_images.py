@@ -1,11 +1,7 @@
 """Your own images: a folder with one subfolder a class, or an npz in MedMNIST's layout -> `ImageDataset`."""
 
-import contextlib
 import csv
-import functools
-import hashlib
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,90 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from sdlab.files import files_below, reading, sha256_of_json, written_beside
-from sdlab.images import ImageDataset, Split, first_words, printable, read_arrays
-from sdlab.official import read_npz
-from sdlab.run import Progress
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings
+from sdlab.data.images import ImageDataset, Split
+from sdlab.data.npz import read_arrays, read_npz
+from sdlab.data.pictures import FORMATS, read_image, supported_formats
+from sdlab.errors import BadInput, first_words, printable
+from sdlab.runs.files import atomic_write, files_below, raise_on_read_error, sha256_of_json
+from sdlab.runs.progress import Progress
+from sdlab.settings import PROJECT_ROOT, Settings
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LAYOUT = "it needs one subfolder a class with its images, if you like below train/, val/ and test/"
-# What is opened: formats that Pillow decodes itself. Others call programs (EPS: Ghostscript), or are rarely met and tested.
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-LARGE = 2**24  # pixels from which on images are decoded one at a time: a folder of bombs must not fill the memory
-ALONE = threading.Lock()
-
-
-# --------------------------------------------------------------------------------------------------- one image
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A file as it was read. `pixels` uint8 (3, size, size); `digest` of all its pixels; `traits` worth a remark."""
-
-    pixels: np.ndarray
-    digest: bytes
-    traits: tuple[str, ...]
-
-
-@functools.cache
-def formats() -> tuple[tuple[str, ...], frozenset[str]]:
-    """Those of `FORMATS` that this Pillow has, and their files' suffixes."""
-    Image.init()
-    here = tuple(name for name in FORMATS if name in Image.OPEN)
-    suffixes = Image.registered_extensions().items()
-    return here, frozenset(suffix for suffix, name in suffixes if name in (*here, "MPO"))  # that is opened as JPEG
-
-
-def read_picture(path: Path, size: int) -> Picture:
-    """An image of one of `FORMATS`, upright, in RGB: its centre square, resized with antialiasing.
-
-    Transparent pixels become white, 16 bits are scaled to 8 over their whole range. Raises whatever Pillow raises.
-    """
-    with Image.open(path, formats=formats()[0]) as opened:
-        pixels = opened.width * opened.height
-        if pixels > Image.MAX_IMAGE_PIXELS:  # Pillow itself would only warn
-            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
-        with ALONE if pixels > LARGE else contextlib.nullcontext():
-            return as_picture(opened, size)
-
-
-def as_picture(opened: Image.Image, size: int) -> Picture:
-    # Not `n_frames`, which walks through all of them.
-    traits = ["has several frames, of which the first is used"] if getattr(opened, "is_animated", False) else []
-    image = ImageOps.exif_transpose(opened)
-    image.load()
-    if image.mode.startswith("I"):
-        traits.append("has 16-bit pixels, scaled from 0 ... 65535 to 0 ... 255")
-    rgb = to_rgb(image)
-    if rgb.width != rgb.height:
-        traits.append("is not square, so its centre square is used")
-    if min(rgb.size) < size:
-        traits.append("is smaller than what it is resized to")
-    digest = hashlib.blake2b(rgb.tobytes() + repr(rgb.size).encode(), digest_size=16).digest()
-    fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-    return Picture(np.asarray(fitted).transpose(2, 0, 1), digest, tuple(traits))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK, 16-bit, transparent ... -> RGB. Raises `ValueError` for pixels without a known range."""
-    if image.mode.startswith("I"):  # I;16 and its kin, or I: 32 bits that hold 16
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its pixels run from {values.min()} to {values.max()}, beyond 16 bits")
-        values = values.astype(np.float32)  # exact up to 2**24, and no multiple of 257 has a half
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-# ---------------------------------------------------------------------------------------------------- a folder
 
 
 @dataclass(frozen=True)
@@ -116,12 +39,12 @@ class Listing:
 def list_folder(folder: Path) -> Listing:
     """What stands in a folder. Raises `BadInput` where it is no set of labelled images."""
     try:
-        return listed(folder)
+        return list_layout(folder)
     except OSError as error:
         raise BadInput(f"{folder} cannot be read ({error.strerror}): give a folder that can; {LAYOUT}.") from None
 
 
-def listed(folder: Path) -> Listing:
+def list_layout(folder: Path) -> Listing:
     below = subfolders(folder)
     splits = [path for path in below if path.name.lower() in SPLITS]
     if splits and len(splits) < len(below):
@@ -133,7 +56,7 @@ def listed(folder: Path) -> Listing:
             "their images into one."
         )
     images, others = [], []
-    suffixes = formats()[1]
+    suffixes = supported_formats()[1]
     for above, split in [(path, SPLITS[path.name.lower()]) for path in splits] or [(folder, "")]:
         loose = sorted(path for path in {*folder.iterdir(), *above.iterdir()} if path.suffix.lower() in suffixes)
         others += [f"{path.relative_to(folder).as_posix()} (in no class)" for path in loose]
@@ -171,13 +94,13 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, settings: Settings) -> ImageDataset:
-    """A folder's images at the classifier's size, split. Read once an experiment: step 00 keeps them (`keep_dataset`).
+    """A folder's images at the classifier's size, split. Read once an experiment: step 00 keeps them (`save_dataset`).
 
     Raises `BadInput` for a folder that cannot be split, or that holds nothing to learn.
     """
     listing = list_folder(folder)
     key = listing.key(settings.image_size, settings.val_share, settings.test_share)
-    images, files, remarks = kept_images(settings, key) or read_all(listing, settings)
+    images, files, remarks = load_saved_images(settings, key) or read_images(listing, settings)
     classes = tuple(sorted({c for _, c, _ in files}))
     splits = {}
     for split in ("train", "val", "test"):
@@ -187,7 +110,7 @@ def read_folder(folder: Path, settings: Settings) -> ImageDataset:
     training = [name for name, _, s in files if s == "train"]
 
     def source_images(indices: Sequence[int], size: int) -> np.ndarray:
-        return np.stack([read_picture(folder / training[i], size).pixels for i in indices])
+        return np.stack([read_image(folder / training[i], size).pixels for i in indices])
 
     return ImageDataset(
         folder.name, f"folder {folder.name}/", classes, **splits,
@@ -195,15 +118,15 @@ def read_folder(folder: Path, settings: Settings) -> ImageDataset:
     )  # fmt: skip
 
 
-def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, list[str]]:
+def read_images(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, list[str]]:
     """Images (n, 3, size, size), their (file, class, split), and what is worth a remark."""
     pictures, unreadable, traits = {}, [], defaultdict(list)
 
     def attempt(entry):
         path = listing.folder / entry[0]
         try:
-            with reading(path):  # a disk that fails for a minute must not cost an image
-                return read_picture(path, settings.image_size)
+            with raise_on_read_error(path):  # a disk that fails for a minute must not cost an image
+                return read_image(path, settings.image_size)
         except BadInput:
             raise
         except Exception as error:  # whatever a damaged or hostile file makes a decoder raise
@@ -227,10 +150,12 @@ def read_all(listing: Listing, settings: Settings) -> tuple[np.ndarray, list, li
     files = assign_splits(pictures, settings)
     remarks = []
     if unreadable:
-        remarks.append(f"{len(unreadable)} unreadable files were left out: {shortened(unreadable)}.")
+        remarks.append(f"{len(unreadable)} unreadable files were left out: {join_names(unreadable)}.")
     if listing.others:
-        remarks.append(f"{len(listing.others)} files or folders give no image: {shortened(listing.others)}.")
-    remarks += [f"{len(names)} of the images: each {trait} ({shortened(names, 2)})." for trait, names in traits.items()]
+        remarks.append(f"{len(listing.others)} files or folders give no image: {join_names(listing.others)}.")
+    remarks += [
+        f"{len(names)} of the images: each {trait} ({join_names(names, 2)})." for trait, names in traits.items()
+    ]
     return np.stack([pictures[entry].pixels for entry in pictures]), files, remarks
 
 
@@ -283,7 +208,7 @@ def assign_splits(pictures: dict, settings: Settings) -> list[tuple[str, str, st
     return [(name, c, split_of[name, c, s]) for name, c, s in pictures]
 
 
-def shortened(names: Sequence[str], count: int = 5) -> str:
+def join_names(names: Sequence[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(map(printable, names[:count])) + more
 
@@ -293,14 +218,11 @@ def why_unreadable(error: Exception, folder: Path) -> str:
     return first_words(str(error).replace(f"{folder}/", "") or type(error).__name__)
 
 
-# ------------------------------------------------------------------------------------- kept in the run's folder
-
-
 def images_file(settings: Settings) -> Path:
     return settings.run_folder / "data" / "images.npz"
 
 
-def keep_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
+def save_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
     """Of a folder: its images and splits, so that later notebooks need not read it again. The files written."""
     if not dataset.files:
         return []
@@ -309,17 +231,17 @@ def keep_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
     at = {name: iter(split.images) for name, split in dataset.splits.items()}
     images = np.stack([next(at[split]) for _, _, split in dataset.files])
     key = listing.key(settings.image_size, settings.val_share, settings.test_share)
-    with written_beside(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as beside, beside.open("wb") as file:
         np.savez(
             file, images=images, files=np.array(dataset.files), remarks=np.array(dataset.remarks, "U"), made_from=key
         )
-    with written_beside(splits) as beside, beside.open("w", newline="", errors="surrogateescape") as file:
+    with atomic_write(splits) as beside, beside.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("file", "class", "split"), *dataset.files])
     return [path, splits]
 
 
-def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[str]] | None:
-    """What `keep_dataset` wrote, if the folder has not changed since."""
+def load_saved_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[str]] | None:
+    """What `save_dataset` wrote, if the folder has not changed since."""
     path = images_file(settings)
     if not path.is_file():
         return None
@@ -337,15 +259,12 @@ def kept_images(settings: Settings, key: str) -> tuple[np.ndarray, list, list[st
         raise BadInput(f"{path} is damaged: {way_out}.") from None
 
 
-# ------------------------------------------------------------------------------------------------- entry points
-
-
 def own_path(settings: Settings) -> Path:
     """Where `dataset` points, if it is a path: relative to the project, or absolute."""
     return PROJECT_ROOT / Path(settings.dataset).expanduser()
 
 
-def own_images(settings: Settings) -> ImageDataset:
+def load_own_images(settings: Settings) -> ImageDataset:
     """The images at the path `settings.dataset`. Raises `BadInput`."""
     path = own_path(settings)
     if path.is_dir():

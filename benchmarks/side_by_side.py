@@ -29,15 +29,18 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdlab.base_models import BaseModel, is_here, load_base_model, make_scheduler, unloaded
-from sdlab.classifier import Recipe, ResNet20
-from sdlab.evaluation import for_sampling, judge
-from sdlab.generation import GenerationPlan, generate, uniform_labels
-from sdlab.images import ImageDataset, Split
+from sdlab.base_models import BaseModel, load_base_model, load_without_weights, make_scheduler
+from sdlab.classifier import ClassifierRecipe, ResNet20
+from sdlab.data.images import ImageDataset, Split
+from sdlab.data.model_files import is_available_locally
+from sdlab.data.pixels import to_model
+from sdlab.errors import BadInput
+from sdlab.evaluation import train_and_score_classifiers
+from sdlab.generation import GenerationPlan, generate, prepare_unet, uniform_labels
 from sdlab.latents import encode_images
-from sdlab.pixels import to_model
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings
-from sdlab.training import TrainingPlan, derive_seed, train
+from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.threads import derive_seed
+from sdlab.training import TrainingPlan, train
 
 silent = functools.partial(tqdm, disable=True)
 REFERENCE = PROJECT_ROOT / ".venv" / "reference"  # where `make benchmarks` puts transformers
@@ -119,9 +122,9 @@ def base_to_time(settings: Settings) -> BaseModel:
     """The base model; of one that is not on this machine its true size with random weights, which cost as much."""
     if REFERENCE.is_dir() and str(REFERENCE) not in sys.path:
         sys.path.append(str(REFERENCE))  # before diffusers is imported, which looks for transformers then
-    if is_here(settings):
+    if is_available_locally(settings):
         return load_base_model(settings)
-    base, generator = unloaded(settings), torch.Generator().manual_seed(0)
+    base, generator = load_without_weights(settings), torch.Generator().manual_seed(0)
     for parameter in (*base.vae.parameters(), *base.unet.parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return base
@@ -166,7 +169,7 @@ class Generation:
         self.table = encoder.tabulated().to(base.device).requires_grad_(False)
         self.settings, self.base, self.count = settings, base, settings.benchmark_images
         self.pipeline = ClassConditionalStableDiffusionPipeline(
-            base.vae, for_sampling(base.unet, self.table, settings), self.table,
+            base.vae, prepare_unet(base.unet, self.table, settings), self.table,
             make_scheduler(settings.scheduler, base.scheduler_config),
         )  # fmt: skip
         self.plan = GenerationPlan(
@@ -431,7 +434,7 @@ class Judging:
     def __init__(self, settings: Settings, data: ImageDataset, device: torch.device):
         self.settings, self.data, self.device, self.round = settings, data, device, {"ours": 0, "theirs": 0}
         self.accuracy: dict[str, list[float]] = {"ours": [], "theirs": []}
-        self.recipe = Recipe.of(settings)
+        self.recipe = ClassifierRecipe.of(settings)
         self.loaders = [
             DataLoader(Pictures(split), self.recipe.batch_size if train else 1024, shuffle=train)
             for split, train in ((data.train, True), (data.val, False), (data.test, False))
@@ -443,7 +446,9 @@ class Judging:
         return [derive_seed("benchmark", self.round[way], i) for i in range(self.settings.classifier_seeds)]
 
     def ours(self) -> None:
-        scores = judge(self.data.train, self.data, self.settings, self.seeds("ours"), ["test"], silent)
+        scores = train_and_score_classifiers(
+            self.data.train, self.data, self.settings, self.seeds("ours"), ["test"], silent
+        )
         self.accuracy["ours"] += [score.accuracy for score in scores["test"]]
 
     def theirs(self) -> None:
@@ -463,7 +468,9 @@ def accuracies(found: Mapping[str, Sequence[float]]) -> str:
     )
 
 
-def usual_classifier(train, val, test, num_classes: int, recipe: Recipe, seed: int, device: torch.device) -> float:
+def usual_classifier(
+    train, val, test, num_classes: int, recipe: ClassifierRecipe, seed: int, device: torch.device
+) -> float:
     """The recipe of `train_classifier`, as a PyTorch tutorial writes it. Returns the accuracy on `test`."""
     torch.manual_seed(seed)
     model = ResNet20(num_classes, recipe.filters).to(device)

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdlab.settings import BadInput
+from sdlab.errors import BadInput
 
 
 def sha256_of_file(path: Path) -> str:
     """Raises `BadInput` for a file that cannot be read."""
-    with reading(path), path.open("rb") as file:
+    with raise_on_read_error(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -31,7 +31,7 @@ def sha256_of_json(value: Any) -> str:
 
 
 # What a disk or the system answers when something cannot be written, and what to do about it.
-REFUSALS = {
+WRITE_ERRORS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make that folder writable, or name another one"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open (`ulimit -n`)"),
@@ -45,8 +45,8 @@ REFUSALS = {
 }
 
 
-def refusal(error: BaseException) -> int:
-    """The errno of an error that stands for one of `REFUSALS`, else 0. safetensors and SQLite have theirs in words."""
+def write_errno(error: BaseException) -> int:
+    """The errno of an error that stands for one of `WRITE_ERRORS`, else 0. safetensors and SQLite have theirs in words."""
     number = getattr(error, "errno", None) or 0
     if not number and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
@@ -54,31 +54,31 @@ def refusal(error: BaseException) -> int:
     for said, meant in words.items():
         if said in str(error):
             number = meant
-    return number if number in REFUSALS else 0
+    return number if number in WRITE_ERRORS else 0
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def raise_on_write_error(path: Path) -> Iterator[None]:
     """Raises `BadInput` where the block fails since the disk or the system lets nothing be written at `path`."""
     try:
         yield
     except BadInput:
         raise
     except Exception as error:
-        if not (number := refusal(error)):
+        if not (number := write_errno(error)):
             raise
         raise BadInput(cannot_write(path, number)) from None
 
 
 def cannot_write(path: Path | str, number: int) -> str:
     return (
-        f"{path} cannot be written ({os.strerror(number)}): {REFUSALS[number]}. What was finished before is intact, and the "
+        f"{path} cannot be written ({os.strerror(number)}): {WRITE_ERRORS[number]}. What was finished before is intact, and the "
         "same command goes on from there."
     )
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def raise_on_read_error(path: Path) -> Iterator[None]:
     """Raises `BadInput` where the block fails since the system lets nothing be read at `path`: a mode, a disk, a network."""
     try:
         yield
@@ -93,7 +93,7 @@ def cannot_read(path: Path | str, error: OSError) -> str:
     return f"{path} cannot be read ({error.strerror}): mend that, and give the same command."
 
 
-def check_room(path: Path, wanted: float, what: str) -> None:
+def check_free_space(path: Path, wanted: float, what: str) -> None:
     """Raises `BadInput` if the disk that `path` is to lie on has fewer than `wanted` bytes free."""
     there = next(above for above in (path, *path.absolute().parents) if above.exists())
     free = shutil.disk_usage(there).free
@@ -105,7 +105,7 @@ def check_room(path: Path, wanted: float, what: str) -> None:
 
 
 @contextlib.contextmanager
-def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, lasting: bool = True) -> Iterator[Path]:
     """A name to write a file or folder under; renamed to `path` when the block ends well, else removed.
 
     It lies in a folder of its own beside `path`, locked for as long as it is written to: two may write the same at once, and
@@ -113,10 +113,10 @@ def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
     bytes are on the disk before it has its name, so that not even a power cut leaves a half file. Raises `BadInput` for a
     disk that is full, read-only or broken.
     """
-    with writing(path):
+    with raise_on_write_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_over(path.parent.glob(f".{glob.escape(path.name[:40])}.*.part"))
-        part, lock = own_folder(path)
+        remove_partial_writes(path.parent.glob(f".{glob.escape(path.name[:40])}.*.part"))
+        part, lock = new_partial_folder(path)
         try:
             beside = part / path.name
             yield beside
@@ -131,7 +131,7 @@ def written_beside(path: Path, lasting: bool = True) -> Iterator[Path]:
             os.close(lock)
 
 
-def own_folder(path: Path) -> tuple[Path, int]:
+def new_partial_folder(path: Path) -> tuple[Path, int]:
     """A new folder beside `path`, and the descriptor by which this process holds it."""
     while True:
         part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
@@ -143,7 +143,7 @@ def own_folder(path: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def remove_left_over(parts: Iterable[Path]) -> None:
+def remove_partial_writes(parts: Iterable[Path]) -> None:
     """Remove what processes that were killed left of their writes: half files, which nothing reads and nobody holds."""
     for part in list(parts):
         with contextlib.suppress(OSError):  # gone meanwhile, or held
@@ -163,22 +163,22 @@ def files_below(folder: Path) -> Iterator[Path]:
             raise BadInput(cannot_read(error.filename, error))
 
     for root, folders, names in os.walk(folder, onerror=shut):
-        folders[:] = sorted(name for name in folders if not half(name))
-        yield from (Path(root, name) for name in sorted(names) if not half(name))
+        folders[:] = sorted(name for name in folders if not is_partial(name))
+        yield from (Path(root, name) for name in sorted(names) if not is_partial(name))
 
 
-def half_files(folder: Path) -> Iterator[Path]:
+def partial_writes(folder: Path) -> Iterator[Path]:
     """What writes that are at work, or were killed, have below a folder."""
     for root, folders, names in os.walk(folder):
-        yield from (Path(root, name) for name in (*folders, *names) if half(name))
-        folders[:] = [name for name in folders if not half(name)]
+        yield from (Path(root, name) for name in (*folders, *names) if is_partial(name))
+        folders[:] = [name for name in folders if not is_partial(name)]
 
 
-def half(name: str) -> bool:
+def is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(".part")
 
 
-def size_below(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Bytes of all files."""
     size = 0
     for path in files_below(folder):
@@ -188,12 +188,12 @@ def size_below(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def alone(path: Path, wait: bool = True) -> Iterator[bool]:
+def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path` for the block: whether it was to be had (without `wait`: another may hold it).
 
     The system frees it when its process ends, however it ends. Threads of one process exclude each other too.
     """
-    with writing(path):
+    with raise_on_write_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
         held = True
@@ -215,7 +215,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any, lasting: bool = True) -> None:
-    with written_beside(path, lasting) as beside:
+    with atomic_write(path, lasting) as beside:
         beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -231,14 +231,14 @@ def read_json(path: Path, how_to_make: str = "") -> Any:
         raise BadInput(f"{path} is damaged (it is not JSON): move it away and run its step again.") from None
 
 
-def write_sealed(path: Path, value: dict) -> None:
+def write_hashed_json(path: Path, value: dict) -> None:
     """JSON with a hash of itself, under `sha256`."""
     value = json.loads(json.dumps(value))
     write_json(path, value | dict(sha256=sha256_of_json(value)))
 
 
-def read_sealed(path: Path, how_to_make: str = "") -> dict:
-    """What `write_sealed` wrote. Raises `BadInput` if it is missing, or not what was written."""
+def read_hashed_json(path: Path, how_to_make: str = "") -> dict:
+    """What `write_hashed_json` wrote. Raises `BadInput` if it is missing, or not what was written."""
     value = read_json(path, how_to_make)
     whole = path.read_bytes().endswith(b"}\n")
     if not whole or not isinstance(value, dict) or value.pop("sha256", None) != sha256_of_json(value):
@@ -246,7 +246,7 @@ def read_sealed(path: Path, how_to_make: str = "") -> dict:
     return value
 
 
-def checked_form(value: Any, form: dict[str, Any], path: Path) -> dict:
+def check_fields(value: Any, form: dict[str, Any], path: Path) -> dict:
     """`value`, if it is a dict with the keys of `form`, each of its kind. Raises `BadInput` that names `path`."""
     wrong = ["its braces"] if not isinstance(value, dict) else []
     wrong += [
@@ -257,7 +257,7 @@ def checked_form(value: Any, form: dict[str, Any], path: Path) -> dict:
     return value
 
 
-def inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Whether a name that a file gives is one that a file can have, inside the folder it speaks of."""
     path = PurePosixPath(name)
     try:
@@ -266,21 +266,3 @@ def inside(name: str) -> bool:
         return False
     possible = lengths and max(lengths) <= 255 and sum(lengths) < 2000 and "\0" not in name
     return bool(possible) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
-
-
-def checkpoint_hashes(folder: Path) -> dict[str, str]:
-    """The files of a checkpoint, name -> sha256, by its manifest. Raises `BadInput` if that is missing or names no files."""
-    hashes = read_json(folder / "manifest.json", "train it first.")
-    if not isinstance(hashes, dict) or not all(plain(name) and isinstance(sha, str) for name, sha in hashes.items()):
-        raise BadInput(f"{folder / 'manifest.json'} is damaged: it has to name the files beside it and their hashes.")
-    return hashes
-
-
-def plain(name: str) -> bool:
-    """Whether a name that a file gives is that of a file beside it."""
-    return inside(name) and PurePosixPath(name).name == name
-
-
-def checkpoint_sha(folder: Path, epoch: int) -> str:
-    """One hash for the weights and config of `folder/epoch_NN`: what a generated set is made from."""
-    return sha256_of_json(checkpoint_hashes(folder / f"epoch_{epoch:02d}"))

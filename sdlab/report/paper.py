@@ -13,7 +13,6 @@ DATASET_TITLES = {
     "bloodmnist": "BloodMNIST",
     "retinamnist": "RetinaMNIST",
 }
-
 # Table 1: CAS (%) after each step, and the generation time (s) printed for steps 1, 2 or 3, and 4.
 # RetinaMNIST after 3 is 41.74 in print; 400 test images allow only multiples of 0.25.
 TABLE_1_CAS = {
@@ -42,7 +41,6 @@ TABLE_1_IMAGES = {
     "retinamnist": 108,
 }
 TABLE_1_STEPS_AFTER_1 = 50
-
 # Table 2: top-1 (%) of ResNet20 trained on the real set and on synthetic sets of k times its size.
 TABLE_2 = {
     "cifar10": {
@@ -124,7 +122,6 @@ TABLE_2 = {
         "x10": 46.5,
     },
 }
-
 # Figure 1: fANOVA importances, read off the authors' published plots (two decimals, "<0.01" entered as 0).
 # Figure 1 of the paper prints only their averages over the data sets.
 FIGURE_1_SEARCH_1 = {
@@ -143,7 +140,6 @@ FIGURE_1_SEARCH_2 = {
     "bloodmnist": {"guidance_scale": 0.35, "epoch": 0.43, "num_inference_steps": 0.22},
     "retinamnist": {"guidance_scale": 0.77, "epoch": 0.15, "num_inference_steps": 0.09},
 }
-
 # The optimum of the final search that the authors published for each data set.
 AUTHORS_SETTINGS = {
     "cifar10": {"class_encoder_epoch": 31, "unet_epoch": 10, "num_inference_steps": 31, "guidance_scale": 1.752},
@@ -153,7 +149,6 @@ AUTHORS_SETTINGS = {
     "bloodmnist": {"class_encoder_epoch": 35, "unet_epoch": 8, "num_inference_steps": 44, "guidance_scale": 1.5162},
     "retinamnist": {"class_encoder_epoch": 31, "unet_epoch": 7, "num_inference_steps": 30, "guidance_scale": 1.078},
 }
-
 # Effective rank of the Class-Encoder's class residuals: the method works from 3.5 up and collapsed at 1.3.
 AUTHORS_EFFECTIVE_RANK = {
     "cifar100": 15.35,
@@ -163,6 +158,5 @@ AUTHORS_EFFECTIVE_RANK = {
     "retinamnist": 1.29,
     "dermamnist": 1.26,
 }
-
 # The ranges by which the paper's text summarises Table 1 (points of CAS gained since step 1, time saved).
 TEXT_RANGES = {"after_2": (1.08, 43.54), "after_4": (10.45, 46.33), "time_saved_after_2_percent": 38}

@@ -1,8 +1,13 @@
 """Pixel conventions, in one place: uint8 0 ... 255 on disk, [-1, 1] for the base model, NCHW, bilinear resizing."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+from sdlab.runs.files import atomic_write
 
 
 def to_model(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
@@ -27,3 +32,15 @@ def resized(images: torch.Tensor, size: int) -> torch.Tensor:
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def save_image_grid(images: np.ndarray, path: Path) -> Path:
+    """A PNG of up to 50 uint8 images (n, 3, h, w), ten a row, each pixel drawn 4 x 4."""
+    images = images[:50]
+    columns = min(10, len(images))
+    rows = len(images) // columns
+    tiles = images[: rows * columns].reshape(rows, columns, *images.shape[1:]).transpose(0, 3, 1, 4, 2)
+    grid = Image.fromarray(tiles.reshape(rows * images.shape[2], columns * images.shape[3], 3))
+    with atomic_write(path) as partial:
+        grid.resize((grid.width * 4, grid.height * 4), Image.Resampling.NEAREST).save(partial, "PNG")
+    return path

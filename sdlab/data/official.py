@@ -12,17 +12,15 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sdlab.files import written_beside
-from sdlab.images import Facts, ImageDataset, Split, first_words, read_arrays
-from sdlab.run import Progress
-from sdlab.settings import BadInput
+from sdlab.data.images import DatasetFacts, ImageDataset, Split
+from sdlab.data.npz import as_split, read_npz
+from sdlab.errors import BadInput
+from sdlab.runs.files import atomic_write
+from sdlab.runs.progress import Progress
 
 TIMEOUT = 30  # seconds without a byte until a download is given up
 PAUSES = (1.0, 10.0)  # seconds until it is started again
@@ -72,7 +70,7 @@ def download(url: str, path: Path, md5: str, what: str) -> None:
     """Raises `OSError` for a network that fails, `BadInput` for a file that came whole and is not the official one."""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
         check_folder(path.parent)
-        with written_beside(path) as beside:
+        with atomic_write(path) as beside:
             size = save(answer, beside, path.name)
             if (found := md5_of(beside)) != md5:
                 raise BadInput(
@@ -104,11 +102,12 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"`data_root` is {folder}, where nothing can be written, and a file is missing there.")
 
 
-# ------------------------------------------------------------------------------------------------------ CIFAR
-
 CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's
-CIFAR_FACTS = {"cifar10": Facts(40_000, 10_000, 10_000, 10, 32), "cifar100": Facts(40_000, 10_000, 10_000, 100, 32)}
+CIFAR_FACTS = {
+    "cifar10": DatasetFacts(40_000, 10_000, 10_000, 10, 32),
+    "cifar100": DatasetFacts(40_000, 10_000, 10_000, 100, 32),
+}
 
 
 def cifar(name: str, data_root: Path, kind: Any = None, validation: int = 10_000) -> ImageDataset:
@@ -163,16 +162,6 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise
 
 
-def as_split(images: np.ndarray, labels) -> tuple[np.ndarray, np.ndarray]:
-    """(n, h, w[, 3]) uint8 and labels (n,) or (n, 1) -> images (n, 3, h, w), labels int64 (n,)."""
-    grey = images.ndim == 3
-    images = np.repeat(images[:, None], 3, axis=1) if grey else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return images, np.asarray(labels).reshape(-1).astype(np.int64)
-
-
-# --------------------------------------------------------------------------------------------------- MedMNIST
-
-
 @functools.cache
 def medmnist_table() -> dict[str, dict]:
     """medmnist's INFO of its two-dimensional sets with one label an image: address, MD5, counts, names, licence.
@@ -190,9 +179,9 @@ def medmnist_table() -> dict[str, dict]:
     }
 
 
-def medmnist_facts(name: str, table: dict | None = None) -> Facts:
+def medmnist_facts(name: str, table: dict | None = None) -> DatasetFacts:
     info = (table or medmnist_table())[name]
-    return Facts(*(info["n_samples"][s] for s in ("train", "val", "test")), len(info["label"]), 28)
+    return DatasetFacts(*(info["n_samples"][s] for s in ("train", "val", "test")), len(info["label"]), 28)
 
 
 def medmnist(name: str, data_root: Path, table: dict | None = None) -> ImageDataset:
@@ -210,31 +199,3 @@ def medmnist(name: str, data_root: Path, table: dict | None = None) -> ImageData
     return ImageDataset(
         name, f"MedMNIST v2 {info['python_class']}, 28 px ({info['url']}; {licence})", classes, **splits
     )
-
-
-def read_npz(path: Path) -> dict[str, Split]:
-    """The three splits of a file in MedMNIST's layout: `train_images` (n, h, w[, 3]) uint8, `train_labels` (n[, 1]), and so on.
-
-    Raises `BadInput` for any other file. Nothing is unpickled.
-    """
-    layout = (
-        "it needs train_images, train_labels, and the same of val and test: uint8 (n, h, w[, 3]) and labels (n[, 1])"
-    )
-    kept = read_arrays(path, [f"{s}_{what}" for s in ("train", "val", "test") for what in ("images", "labels")], layout)
-    splits = {}
-    for s in ("train", "val", "test"):
-        images, labels = kept.pop(f"{s}_images"), kept.pop(f"{s}_labels")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-            raise BadInput(f"{path} holds {s}_images of {first_words(images.dtype)} {images.shape}: {layout}.")
-        if labels.dtype.kind not in "iu" or not labels.ndim or labels.size != len(images) or len(labels) != len(images):
-            raise BadInput(
-                f"{path} holds {s}_labels of {first_words(labels.dtype)} {labels.shape} for {len(images)} images: one label an image "
-                "is needed, a whole number."
-            )
-        if not images.size:
-            raise BadInput(f"{path} holds {s}_images of {images.shape}, which are none: {layout}.")
-        splits[s] = Split(*as_split(images, labels))
-    sizes = {split.images.shape[2:] for split in splits.values()}
-    if len(sizes) > 1 or len(set(*sizes)) > 1:
-        raise BadInput(f"{path} holds images of {sorted(sizes)} pixels: all have to be square and of one size.")
-    return splits

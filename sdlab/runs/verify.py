@@ -17,23 +17,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sdlab.files import (
-    checked_form,
-    checkpoint_hashes,
-    checkpoint_sha,
-    files_below,
-    read_json,
-    read_sealed,
-    reading,
-    sha256_of_file,
-)
-from sdlab.run import STEPS, WRITES, differences, digest, read_record
-from sdlab.settings import BadInput, Settings
-from sdlab.shards import read_manifest, shard_path
+from sdlab.errors import BadInput
+from sdlab.runs.checkpoints import checkpoint_hashes, checkpoint_sha
+from sdlab.runs.files import check_fields, files_below, raise_on_read_error, read_hashed_json, read_json, sha256_of_file
+from sdlab.runs.records import STAGES, WRITES, read_record, record_digest, settings_differences
+from sdlab.runs.shards import read_manifest, shard_path
+from sdlab.settings import Settings
 
 # What a run leaves that is hashed nowhere: of no use to any later step, or checked otherwise.
 FREE = {"progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
-
 # Results that name a set.
 SETS_OF = {"01": "after_1", "02": "after_2", "03": "after_3", "04": "after_4", "05": "scaling"}
 
@@ -57,7 +49,7 @@ def verify(settings: Settings, heard: Callable[[int], Any] | None = None) -> tup
     if not folder.is_dir():
         raise BadInput(f"There is no experiment folder {folder}: `sdlab run {settings.experiment}` makes it.")
     for path in files_below(folder):
-        with reading(path), contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        with raise_on_read_error(path), contextlib.suppress(FileNotFoundError):  # gone meanwhile
             if path.is_file():  # no pipe, which would wait
                 path.open("rb").close()
     return Verification(settings, heard or (lambda _: None)).findings()
@@ -73,11 +65,11 @@ class Verification:
 
     def findings(self) -> tuple[list[Finding], int]:
         records = self.known = self.records()
-        self.unfinished = len(records) < len(STEPS) or any(not record["finished"] for record in records.values())
+        self.unfinished = len(records) < len(STAGES) or any(not record["finished"] for record in records.values())
         self.last = max(records, key=lambda number: records[number]["opened_at"], default="")
         for number, record in records.items():
             self.step(number, record)
-        for number in STEPS:
+        for number in STAGES:
             self.notebook(number)
         for part in ("class_encoder", "unet"):
             for epoch in sorted((self.folder / part).glob("epoch_*")):
@@ -114,13 +106,13 @@ class Verification:
         """A file with its noted hash and size; with `prefix`, only its first bytes, since it grows."""
         path, repair = self.folder / name, self.again(name)
         if not path.is_file():
-            self.add(name, "missing", f"{STEPS[number].stem} wrote it", repair)
+            self.add(name, "missing", f"{STAGES[number].stem} wrote it", repair)
             return
         size = path.stat().st_size
         self.heard(size)
         if size != noted["bytes"] and not (prefix and size > noted["bytes"]):
             self.add(name, "damaged", f"{size} bytes instead of {noted['bytes']}", repair)
-        elif sha256_of_prefix(path, noted["bytes"]) != noted["sha256"]:
+        elif sha256_of_first_bytes(path, noted["bytes"]) != noted["sha256"]:
             self.add(name, "damaged", "its content is not what was written", repair)
         else:
             self.seen.setdefault(name, True)
@@ -129,11 +121,11 @@ class Verification:
 
     def records(self) -> dict[str, dict]:
         found = {}
-        for number in STEPS:
+        for number in STAGES:
             name = f"records/{number}.json"
             try:
                 record = read_record(self.settings, number)
-                if record is not None and record["step"] != STEPS[number].stem:
+                if record is not None and record["step"] != STAGES[number].stem:
                     raise BadInput("of another step")
             except BadInput:
                 self.add(name, "damaged", "its content is not what was written", self.again(name))
@@ -141,7 +133,7 @@ class Verification:
             if record is not None:
                 found[number], self.seen[name] = record, True
             elif left := [path for part in WRITES[number] for path in self.folder.glob(part)]:  # it is written first
-                why = f"there is {left[0].relative_to(self.folder).as_posix()}, which {STEPS[number].stem} wrote"
+                why = f"there is {left[0].relative_to(self.folder).as_posix()}, which {STAGES[number].stem} wrote"
                 self.add(name, "missing", why, self.again(name))
         return found
 
@@ -153,16 +145,16 @@ class Verification:
         for path, noted in record.get("beside", {}).items():
             if path != "settings.yaml" or number == self.last:  # each step writes it when it begins
                 self.compare(path, noted, number, prefix=path.endswith(".jsonl"))
-        changed = differences(self.settings, number, record)
+        changed = settings_differences(self.settings, number, record)
         if changed:
-            self.add(name, "stale", f"{STEPS[number].stem} was made with other settings: {changed}", self.redo(number))
-        for upstream in STEPS[number].upstream:
+            self.add(name, "stale", f"{STAGES[number].stem} was made with other settings: {changed}", self.redo(number))
+        for upstream in STAGES[number].upstream:
             path = f"records/{upstream}.json"
             before = self.known.get(upstream)
             if before is None and not (self.folder / path).exists() and path not in self.seen:
-                self.add(path, "missing", f"{STEPS[number].stem} was made from it", self.again(path))
-            elif before and before["finished"] and digest(before) != record["upstream"].get(upstream):
-                why = f"{STEPS[upstream].stem} was made anew since {STEPS[number].stem} was"
+                self.add(path, "missing", f"{STAGES[number].stem} was made from it", self.again(path))
+            elif before and before["finished"] and record_digest(before) != record["upstream"].get(upstream):
+                why = f"{STAGES[upstream].stem} was made anew since {STAGES[number].stem} was"
                 self.add(name, "stale", why, self.redo(number))
 
     def redo(self, number: str) -> str:
@@ -170,17 +162,17 @@ class Verification:
 
     def notebook(self, number: str) -> None:
         name = f"records/{number}.notebook.json"
-        copy = f"notebooks/{STEPS[number].stem}.ipynb"
+        copy = f"notebooks/{STAGES[number].stem}.ipynb"
         if not (self.folder / name).exists():
             if (self.folder / copy).exists():  # else it was run by hand
                 self.add(name, "missing", f"it has the hash of {copy}", self.again(name))
                 self.seen.setdefault(copy, True)
             return
         try:
-            noted = read_sealed(self.folder / name)
+            noted = read_hashed_json(self.folder / name)
             if list(noted) != [copy]:
                 raise BadInput("of another notebook")
-            checked_form(noted[copy], dict(sha256=str, bytes=int), self.folder / name)
+            check_fields(noted[copy], dict(sha256=str, bytes=int), self.folder / name)
         except BadInput:
             self.add(name, "damaged", "its content is not what was written", self.again(name))
             return
@@ -215,7 +207,7 @@ class Verification:
             return
         self.heard(path.stat().st_size)
         self.seen[path.relative_to(self.folder).as_posix()] = True
-        if not whole_resume_state(path):
+        if not is_resume_state_intact(path):
             self.add(path, "damaged", "its content is not what was written", self.again(part))
 
     # -------------------------------------------------------------------------------------------- synthetic sets
@@ -304,7 +296,7 @@ class Verification:
             self.add(name, "foreign", "no step wrote it", "move it away")
 
 
-def sha256_of_prefix(path: Path, count: int) -> str:
+def sha256_of_first_bytes(path: Path, count: int) -> str:
     found = hashlib.sha256()
     with path.open("rb") as file:
         while count and (chunk := file.read(min(count, 2**20))):
@@ -313,7 +305,7 @@ def sha256_of_prefix(path: Path, count: int) -> str:
     return found.hexdigest()
 
 
-def whole_resume_state(path: Path) -> bool:
+def is_resume_state_intact(path: Path) -> bool:
     """Whether a state of `training.save_resume_state` is what was written."""
     try:
         with safe_open(path, "np") as file:

@@ -1,14 +1,16 @@
 """A name, a folder or a file -> `ImageDataset`: real images in one form, whatever they come from."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sdlab.images import Facts, ImageDataset, Split, at_size
-from sdlab.official import CIFAR, CIFAR_FACTS, CIFAR_FOLDERS, cifar, medmnist, medmnist_facts, medmnist_table
-from sdlab.own_images import own_images, own_path
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings
+from sdlab.data.images import DatasetFacts, ImageDataset, Split
+from sdlab.data.official import CIFAR, CIFAR_FACTS, CIFAR_FOLDERS, cifar, medmnist, medmnist_facts, medmnist_table
+from sdlab.data.own_images import load_own_images, own_path
+from sdlab.errors import BadInput
+from sdlab.settings import PROJECT_ROOT, Settings
 
 
 def digits() -> ImageDataset:
@@ -49,9 +51,9 @@ def load_dataset(settings: Settings) -> ImageDataset:
     """
     check_name(settings)
     if settings.dataset not in known_names():
-        return at_size(own_images(settings), settings.image_size)
+        return resize_dataset(load_own_images(settings), settings.image_size)
     data_root = PROJECT_ROOT / Path(settings.data_root).expanduser()
-    return at_size(load_named(settings.dataset, data_root), settings.image_size)
+    return resize_dataset(load_named(settings.dataset, data_root), settings.image_size)
 
 
 def fetch_dataset(settings: Settings) -> None:
@@ -65,7 +67,7 @@ def fetch_dataset(settings: Settings) -> None:
         load_named(settings.dataset, data_root)
 
 
-def dataset_facts(settings: Settings) -> Facts:
+def dataset_facts(settings: Settings) -> DatasetFacts:
     """Counts and classes, without fetching anything: what a plan has to know. Own images are read for it."""
     check_name(settings)
     name = settings.dataset
@@ -74,6 +76,16 @@ def dataset_facts(settings: Settings) -> Facts:
     if name in medmnist_table():
         return medmnist_facts(name)
     return load_dataset(settings).facts()
+
+
+def resize_dataset(dataset: ImageDataset, size: int) -> ImageDataset:
+    """The data set with its images resized to `size` pixels (bilinear, without antialiasing)."""
+    if dataset.image_size == size:
+        return dataset
+    from sdlab.data.pixels import resize  # torch is slow to import, and most data sets have the classifier's size
+
+    splits = {name: Split(resize(split.images, size), split.labels) for name, split in dataset.splits.items()}
+    return replace(dataset, **splits, source_images=lambda indices, _: dataset.train.images[indices])
 
 
 def check_name(settings: Settings) -> None:

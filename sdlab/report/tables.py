@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdlab import paper
-from sdlab.files import read_json, written_beside
-from sdlab.importance import LABELS, PARAMETERS
-from sdlab.run import STEPS, differences, digest, read_record, step_state
-from sdlab.settings import BadInput, Settings
+from sdlab.errors import BadInput
+from sdlab.importance import PARAMETERS
+from sdlab.report import paper
+from sdlab.runs.files import atomic_write, read_json
+from sdlab.runs.records import read_record, record_digest, stage_state
+from sdlab.settings import Settings
 
 FORMATS = ("csv", "md", "tex", "png")
-STEPS_OF_TABLE_1 = ("after_1", "after_2", "after_3", "after_4")
+STAGES_OF_TABLE_1 = ("after_1", "after_2", "after_3", "after_4")
 METRICS_NOTE = (
     "CAS: top-1 accuracy (%) on real test images of a ResNet20 trained on generated images only; its plateau, early "
     "stopping and choice of weights watch *real validation* images. Mean ± deviation over classifier seeds; the binomial "
@@ -51,7 +52,7 @@ class Experiment:
 
     @property
     def digest(self) -> str:
-        return digest(read_record(self.settings, "05"))
+        return record_digest(read_record(self.settings, "05"))
 
 
 def finished_experiments(settings: Settings) -> list[Experiment]:
@@ -62,7 +63,7 @@ def finished_experiments(settings: Settings) -> list[Experiment]:
         moved = dict(runs_root=settings.runs_root, reports_root=settings.reports_root, experiment=path.parent.name)
         try:
             theirs = Settings.from_mapping((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | moved)
-            done = {number: step_state(theirs, number).state for number in ("05", "06")}
+            done = {number: stage_state(theirs, number).state for number in ("05", "06")}
         except (BadInput, yaml.YAMLError, TypeError, KeyError):
             continue  # another version's folder, or none of ours: it must not keep the others from their tables
         if set(done.values()) == {"done"}:
@@ -70,7 +71,7 @@ def finished_experiments(settings: Settings) -> list[Experiment]:
     return found
 
 
-def sources(experiments: list[Experiment]) -> dict[str, str]:
+def experiment_digests(experiments: list[Experiment]) -> dict[str, str]:
     """What tables were made from: a digest of each experiment."""
     return {e.settings.experiment: e.digest for e in experiments}
 
@@ -82,10 +83,7 @@ def tables_are_current(settings: Settings) -> bool:
     wanted += ["figure_1.csv", "figure_1.png", "figure_steps.png", "figure_scaling.png", "sources.json"]
     if not all((folder / name).exists() for name in wanted):
         return False
-    return read_json(folder / "sources.json") == sources(finished_experiments(settings))
-
-
-# --------------------------------------------------------------------------------------------------- tables
+    return read_json(folder / "sources.json") == experiment_digests(finished_experiments(settings))
 
 
 def cell_row(experiment: Experiment, name: str, column: str, extra: Mapping) -> dict:
@@ -122,7 +120,7 @@ def table_1(experiments: list[Experiment]) -> pd.DataFrame:
     for experiment in experiments:
         published = paper.TABLE_1_CAS.get(experiment.dataset, {})
         seconds = paper.TABLE_1_SECONDS.get(experiment.dataset, {})
-        for name in STEPS_OF_TABLE_1:
+        for name in STAGES_OF_TABLE_1:
             kept = experiment.metrics(name)
             of_paper = seconds.get("after_2_or_3" if name in ("after_2", "after_3") else name, np.nan)
             extra = dict(
@@ -181,9 +179,6 @@ def gains_sentence(who: str, found: Mapping) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------- text of tables
-
-
 @dataclass(frozen=True)
 class Markup:
     """How one text format marks the best cell, the best synthetic cell and a plus-minus."""
@@ -203,7 +198,7 @@ def cas_text(row: Mapping, markup: Markup) -> str:
     return f"{row['cas']:.2f}{deviation}"
 
 
-def laid_out(
+def layout_lines(
     table: pd.DataFrame, published: Mapping, columns: list[str], markup: Markup, synthetic: list[str]
 ) -> pd.DataFrame:
     """One line an experiment and, for the paper's data sets, the paper's line, the difference, or `not run`.
@@ -245,7 +240,7 @@ def laid_out(
 
 def table_1_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
     """Table 1 as text: CAS of the four steps, then generation seconds."""
-    text = laid_out(table, paper.TABLE_1_CAS, list(STEPS_OF_TABLE_1), markup, synthetic=[])
+    text = layout_lines(table, paper.TABLE_1_CAS, list(STAGES_OF_TABLE_1), markup, synthetic=[])
     times = {"after_1": "time 1 (s)", "after_2": "time 2, 3 (s)", "after_4": "time 4 (s)"}
     for cell, title in times.items():
         key = "after_2_or_3" if cell == "after_2" else cell
@@ -253,7 +248,7 @@ def table_1_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
     text["s per image and step"] = [speed_text(table, row) for _, row in text.iterrows()]
     text["Real"] = [real_text(table, row) for _, row in text.iterrows()]
     text = with_yardsticks(text, table)
-    return text.rename(columns={name: name.replace("_", " ").capitalize() for name in STEPS_OF_TABLE_1})
+    return text.rename(columns={name: name.replace("_", " ").capitalize() for name in STAGES_OF_TABLE_1})
 
 
 def time_text(table: pd.DataFrame, line: Mapping, cell: str, key: str) -> str:
@@ -308,7 +303,7 @@ def table_2_text(table: pd.DataFrame, markup: Markup) -> pd.DataFrame:
     """Table 2 as text: real, then x1 ... x10."""
     most = max([10, *(int(c[1:]) for c in table.cell if c != "real")] if len(table) else [10])
     synthetic = [f"x{k}" for k in range(1, most + 1)]
-    text = laid_out(table, paper.TABLE_2, ["real", *synthetic], markup, synthetic).rename(columns={"real": "Real"})
+    text = layout_lines(table, paper.TABLE_2, ["real", *synthetic], markup, synthetic).rename(columns={"real": "Real"})
     return with_yardsticks(text, table)
 
 
@@ -385,9 +380,6 @@ def percent(test: Mapping) -> str:
     return f"{100 * test['mean']:.2f}" + ("" if test["std"] is None else f" ± {100 * test['std']:.2f}") + " %"
 
 
-# -------------------------------------------------------------------------------------------------- figure 1
-
-
 def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
     """Importances of each search, averaged over forests: a row an experiment, search and parameter, the paper's too."""
     rows = []
@@ -405,108 +397,6 @@ def figure_1(experiments: list[Experiment]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# --------------------------------------------------------------------------------------------- plan and actual
-
-
-def kept_plan(settings: Settings) -> dict | None:
-    """The plan that the first notebook made, if it did, and for these settings."""
-    path = settings.run_folder / "metrics" / "plan.json"
-    plan = read_json(path) if path.exists() else None
-    return plan if plan is not None and plan["settings"] == planned_settings(settings) else None
-
-
-def planned_settings(settings: Settings) -> dict:
-    """What a plan depends on: all but where files lie."""
-    return {k: v for k, v in settings.as_dict().items() if not k.endswith("_root") and k != "storage"}
-
-
-def actual(settings: Settings) -> dict[str, dict]:
-    """What finished notebooks took with these settings, by number: hours, gigabytes left on disk, peak memory in gigabytes."""
-    found, before = {}, 0
-    for number in STEPS:
-        record = read_record(settings, number)
-        if record is None or not record["finished"] or differences(settings, number, record):
-            break
-        measured = record.get("measured", dict(folder_bytes=math.nan, peak_memory_bytes=math.nan))
-        found[number] = dict(
-            hours=record["seconds"] / 3600,
-            disk_gb=(measured["folder_bytes"] - before) / 1e9,
-            memory_gb=measured["peak_memory_bytes"] / 1e9,
-        )
-        before = measured["folder_bytes"]
-    return found
-
-
-def plan_table(plan: Mapping, took: Mapping[str, Mapping] | None = None) -> pd.DataFrame:
-    """A plan as text, a row a notebook and their sum; what finished notebooks took stands beside it."""
-    took, rows = took or {}, []
-    for number, row in plan["rows"].items():
-        rows.append(
-            {
-                "notebook": row["notebook"],
-                "images": f"{row['images']:,}",
-                "steps": f"{row['steps']:,}" if row["steps"] else "",
-                "time": duration(row["hours"]),
-                "at most": duration(row["hours_at_most"]),
-                "pruning saves": f"{row['pruning_saves']:.0%}" if row["pruning_saves"] else "",
-                "disk": size(row["disk_gb"]),
-                "memory": size(row["memory_gb"]),
-            }
-            | took_columns([took[number]] if number in took else [], took)
-        )
-    total = {"notebook": "all", "images": f"{sum(row['images'] for row in plan['rows'].values()):,}"}
-    total |= {
-        "time": duration(plan["hours"]),
-        "at most": duration(plan["hours_at_most"]),
-        "disk": size(plan["disk_gb"]),
-    }
-    rows.append(total | {"memory": size(plan["memory_gb"])} | took_columns(list(took.values()), took))
-    return pd.DataFrame(rows).fillna("")
-
-
-def took_columns(rows: list[Mapping], took: Mapping) -> dict[str, str]:
-    if not took:
-        return {}
-    if not rows:
-        return {"took": "", "disk used": "", "memory used": ""}
-    return {
-        "took": duration(sum(row["hours"] for row in rows)),
-        "disk used": size(sum(row["disk_gb"] for row in rows)),
-        "memory used": size(max(row["memory_gb"] for row in rows)),
-    }
-
-
-def duration(hours: float) -> str:
-    if hours < 1:
-        return f"{60 * hours:.1f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
-
-
-def size(gigabytes: float) -> str:
-    if math.isnan(gigabytes):
-        return "unknown"
-    gigabytes = max(gigabytes, 0.0)
-    return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.0f} MB"
-
-
-def plan_sentences(plan: Mapping) -> list[str]:
-    """What a plan rests on, and what will not do."""
-    weights = "" if plan["base_model_is_here"] else ", whose weights are not here yet: timed with zeros in their place"
-    return [
-        f"{plan['experiment']} on {plan['device']}: {plan['training_images']:,} training images of {plan['classes']} classes, base model "
-        f"{plan['base_model']} (UNet of {plan['unet_parameters']:,} parameters){weights}.",
-        "Time: steps (IS) in the middle of their range and trials pruned as the search's pruner prunes random ones; at most: the highest "
-        "IS, nothing pruned. The classifiers run to their last epoch. Starting a notebook is not counted (some seconds each).",
-        f"Disk: {size(plan['disk_peak_gb'])} at the peak, while a resume state is written beside the last one"
-        + (
-            f", and with the base model's weights ({size(plan['fetched_gb'])}, to be fetched)."
-            if plan["fetched_gb"]
-            else "."
-        ),
-        *(f"WARNING {warning}" for warning in plan["warnings"]),
-    ]
-
-
 def figure_1_means(effects: pd.DataFrame) -> pd.DataFrame:
     """Figure 1's bars: means over data sets, ours and the paper's, and how many there are."""
     source = np.where(effects.who.str.startswith("paper"), "paper", "ours")
@@ -517,11 +407,8 @@ def figure_1_means(effects: pd.DataFrame) -> pd.DataFrame:
     return means.round(2)
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
 def save_text(path: Path, text: str) -> Path:
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     return path
 
@@ -530,7 +417,7 @@ def save_table(
     folder: Path, name: str, title: str, table: pd.DataFrame, layout: Callable, remarks: list[str]
 ) -> list[Path]:
     """`name`.csv (tidy numbers), .md, .tex and .png of one table, the remarks under it."""
-    with written_beside(folder / f"{name}.csv") as beside:
+    with atomic_write(folder / f"{name}.csv") as beside:
         table.to_csv(beside, index=False, float_format="%.6g")
     marks = "Bold: best of the line" + ("; underlined: best synthetic." if name == "table_2" else ".")
     below = "\n\n".join([marks, *remarks])
@@ -539,12 +426,6 @@ def save_table(
     save_text(folder / f"{name}.tex", f"{comments}\n{to_latex(layout(table, LATEX))}")
     draw_table(layout(table, PLAIN), title, folder / f"{name}.png")
     return [folder / f"{name}.{kind}" for kind in FORMATS]
-
-
-def save_figure(figure, path: Path) -> Path:
-    with written_beside(path) as beside:
-        figure.savefig(beside, dpi=150, format=path.suffix[1:])
-    return path
 
 
 def draw_table(text: pd.DataFrame, title: str, path: Path) -> None:
@@ -574,94 +455,5 @@ def draw_table(text: pd.DataFrame, title: str, path: Path) -> None:
             axes.text(start, y, plain, size=8, va="center", weight=weight, color=colour, parse_math=False)
             if "°" in shown and not name:
                 axes.plot([start, start + 0.82 * len(plain)], [y + 0.38] * 2, lw=0.8, color=colour)
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1)
-
-
-def draw_scaling(table: pd.DataFrame, title: str):
-    """CAS against the size of the synthetic set, beside the same recipe on real images."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    real, synthetic = table[table.cell == "real"].iloc[0], table[table.cell != "real"]
-    k = synthetic.cell.str[1:].astype(int)
-    axes.axhline(real.cas, color="black", lw=1.2, label=f"real training set: {real.cas:.1f} %")
-    axes.axhspan(real.cas - real.deviation, real.cas + real.deviation, color="black", alpha=0.1, lw=0)
-    axes.errorbar(
-        k,
-        synthetic.cas,
-        synthetic.deviation.fillna(0),
-        marker="o",
-        capsize=3,
-        color="C0",
-        label="synthetic only (test)",
-    )
-    axes.plot(k, synthetic.validation, ":", color="C0", alpha=0.7, label="synthetic only (validation)")
-    chosen = synthetic[synthetic.chosen].iloc[0]
-    axes.plot(
-        int(chosen.cell[1:]),
-        chosen.cas,
-        "o",
-        ms=13,
-        mfc="none",
-        mec="C3",
-        label=f"chosen on {'validation' if chosen.protocol == 'sealed' else 'test'}: {chosen.cell}, {chosen.cas:.1f} %",
-    )
-    low, high = axes.get_ylim()
-    if real.majority > low - (high - low) / 2:  # else the axis would show little but the distance to it
-        axes.axhline(
-            real.majority, color="black", lw=1, ls="--", label=f"always the commonest class: {real.majority:.1f} %"
-        )
-    axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)")
-    axes.set_title(title, parse_math=False)
-    axes.set_xticks(k)
-    axes.legend(loc="lower right", fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    return figure
-
-
-def draw_steps(table: pd.DataFrame, real: float, title: str):
-    """CAS after each step of the pipeline."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.4))
-    axes.bar(range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
-    axes.axhline(real, color="black", lw=1.2, label=f"real images: {real:.1f} %")
-    majority = table.majority.iloc[0]
-    axes.axhline(majority, color="black", lw=1, ls="--", label=f"always the commonest class: {majority:.1f} %")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
-    names = ("After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search")
-    labels = [
-        f"{name}\n{row.cas:.1f} % in {row.seconds:.0f} s\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}"
-        for name, row in zip(names, table.itertuples(), strict=True)
-    ]
-    axes.set_xticks(range(4), labels)
-    axes.set(ylabel="CAS (%)", ylim=(0, 102))
-    axes.set_title(title, pad=24, parse_math=False)
-    figure.tight_layout()
-    return figure
-
-
-def draw_importances(effects: pd.DataFrame):
-    """Figure 1: mean importance of each parameter in the two searches, the experiments beside the paper."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    shown = effects.assign(
-        parameter=effects.parameter.map(LABELS),
-        source=np.where(effects.who.str.startswith("paper"), "paper (6 data sets)", "ours"),
-    )
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for ax, (search, title) in zip(axes, (("search_1", "initial search"), ("search_2", "final search")), strict=True):
-        part = shown[shown.search == search]
-        order = ["UGS", "epoch", "IS"]
-        sns.barplot(part, x="parameter", y="importance", hue="source", order=order, hue_order=["ours", "paper (6 data sets)"],
-                    errorbar=None, palette=["C0", "0.7"], ax=ax)  # fmt: skip
-        sns.stripplot(part, x="parameter", y="importance", hue="source", order=order, hue_order=["ours", "paper (6 data sets)"],
-                      dodge=True, palette=["black", "0.35"], size=3, legend=False, ax=ax)  # fmt: skip
-        ax.set(title=title, xlabel="", ylabel="share of the main effects (fANOVA)", ylim=(0, 1))
-    axes[1].get_legend().remove()
-    axes[0].legend(title="", fontsize=8)
-    figure.tight_layout()
-    return figure

@@ -2,22 +2,11 @@
 
 import functools
 import hashlib
-import io
-import math
-import os
-import sys
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-from sdlab.files import reading
-from sdlab.settings import UNPRINTABLE, BadInput
-
-LONGEST_HEADER = 10_000  # bytes of an array's, as numpy has it
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetFacts:
     """What a plan has to know of a data set, whose files need not be there yet: images of each split, classes, pixels."""
 
     train: int
@@ -85,8 +74,8 @@ class ImageDataset:
     def image_size(self) -> int:
         return self.train.images.shape[-1]
 
-    def facts(self) -> Facts:
-        return Facts(len(self.train), len(self.val), len(self.test), self.num_classes, self.image_size)
+    def facts(self) -> DatasetFacts:
+        return DatasetFacts(len(self.train), len(self.val), len(self.test), self.num_classes, self.image_size)
 
     def counts(self) -> dict[str, list[int]]:
         """Images of each class in each split."""
@@ -129,10 +118,10 @@ class ImageDataset:
             for name, count in zip(self.class_names, of_class, strict=True)
             if not count
         ]
-        return [*lines, *duplicates(self.splits), *self.remarks]
+        return [*lines, *find_duplicates(self.splits), *self.remarks]
 
 
-def duplicates(splits: dict[str, Split]) -> list[str]:
+def find_duplicates(splits: dict[str, Split]) -> list[str]:
     """Images that stand in more than one split, or under more than one label: a sentence each, if there are any."""
     seen = defaultdict(list)  # pixels -> where
     for name, split in splits.items():
@@ -149,95 +138,3 @@ def duplicates(splits: dict[str, Split]) -> list[str]:
     if unclear:
         lines.append(f"{unclear} images stand under more than one label.")
     return lines
-
-
-def at_size(dataset: ImageDataset, size: int) -> ImageDataset:
-    """The data set with its images resized to `size` pixels (bilinear, without antialiasing)."""
-    if dataset.image_size == size:
-        return dataset
-    from dataclasses import replace
-
-    from sdlab.pixels import resize  # torch is slow to import, and most data sets have the classifier's size
-
-    splits = {name: Split(resize(split.images, size), split.labels) for name, split in dataset.splits.items()}
-    return replace(dataset, **splits, source_images=lambda indices, _: dataset.train.images[indices])
-
-
-# --------------------------------------------------------------------------------------------------- an npz
-
-
-def read_arrays(path: Path, names: Sequence[str], way_out: str) -> dict[str, np.ndarray]:
-    """These arrays of an npz, whoever wrote it. Nothing is unpickled.
-
-    All their headers are read first, and held against the sizes that the archive declares and against the memory there
-    is: nothing is allocated for a file that promises what it has not. Raises `BadInput`, whose sentence ends in `way_out`.
-    """
-    try:
-        with reading(path), zipfile.ZipFile(path) as archive:
-            members = {name: archive.NameToInfo.get(f"{name}.npy") for name in names}
-            if missing := [name for name, member in members.items() if member is None]:
-                raise BadInput(f"{path} has no {', '.join(missing)}: {way_out}.")
-            wanted, most = sum(checked_size(archive, member) for member in members.values()), memory() / 2
-            if wanted > most:
-                raise BadInput(
-                    f"{path} holds arrays of {wanted / 1e9:.3g} GB, more than half of this machine's memory ({most / 1e9:.3g} GB): "
-                    "take fewer or smaller images, or a machine with more memory."
-                )
-            return {name: read_array(archive, member) for name, member in members.items()}
-    except BadInput:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file makes zip, zlib, numpy or its header's parser raise
-        why = f"{type(error).__name__}: {first_words(error)}"
-        raise BadInput(f"{path} cannot be read as npz ({why}): {way_out}.") from None
-
-
-def checked_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Bytes of an array, of which no more than its header is read. Raises `ValueError` where that and the archive differ."""
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{member.filename} is compressed in a way that numpy does not write")
-    with archive.open(member) as file:
-        start = io.BytesIO(file.read(LONGEST_HEADER))
-    version = np.lib.format.read_magic(start)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"{member.filename} is of the version {version}")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(start)
-    if dtype.hasobject:
-        raise ValueError(f"{member.filename} holds pickled objects, which can run code")
-    if any(length < 0 for length in shape):
-        raise ValueError(f"{member.filename} has the shape {shape}")
-    size = dtype.itemsize * math.prod(shape)
-    if start.tell() + size != member.file_size:
-        raise ValueError(
-            f"{member.filename} has {member.file_size} bytes, and its header asks for {start.tell() + size}"
-        )
-    return size
-
-
-def read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Raises `ValueError`, or whatever zip raises at the member's last byte if its checksum is another."""
-    with archive.open(member) as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        if file.read(1):
-            raise ValueError(f"{member.filename} is longer than its header says")
-    if array.dtype.kind == "U" and array.size:  # numbers beyond all characters are an error of Python's own inside
-        codes = np.ascontiguousarray(array).view(array.dtype.byteorder + "u4") if array.dtype.itemsize else np.zeros(1)
-        if codes.max() > sys.maxunicode:
-            raise ValueError(f"{member.filename} holds texts that are none")
-    return array
-
-
-def memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def first_words(said: object) -> str:
-    """Of an error's message, or of what else a foreign file says: a line's beginning, printable."""
-    lines = str(said).strip().splitlines() or [type(said).__name__]
-    return printable(lines[0])[:100]
-
-
-def printable(text: str) -> str:
-    """With what breaks a line, or cannot be written, as its code."""
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

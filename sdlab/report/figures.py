@@ -1,28 +1,30 @@
 """What the notebooks show: small figures and tables of images, losses, trials and scores. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sdlab.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split
 from sdlab.importance import LABELS
+from sdlab.runs.files import atomic_write
 
 plt.rcParams["text.parse_math"] = False  # a class may be called "$5 to $10"
 
 
-def image_grid(split: Split, per_class: int, title: str) -> Figure:
+def show_class_rows(split: Split, per_class: int, title: str) -> Figure:
     """The first images of each class, a row a class (at most 16 classes)."""
     classes = np.unique(split.labels)[:16]
     rows = {str(c): split.images[split.labels == c][:per_class] for c in classes}
-    figure = rows_of_images(rows)
+    figure = show_image_rows(rows)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def rows_of_images(rows: Mapping[str, np.ndarray]) -> Figure:
+def show_image_rows(rows: Mapping[str, np.ndarray]) -> Figure:
     """A labelled row of uint8 images (n, 3, h, w) for every entry; sizes may differ between rows."""
     most = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(len(rows), 1, figsize=(0.62 * most + 1, 0.64 * len(rows) + 0.25), squeeze=False)
@@ -40,7 +42,7 @@ def rows_of_images(rows: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def loss_curve(history: Sequence[Mapping], part: str) -> Figure:
+def plot_losses(history: Sequence[Mapping], part: str) -> Figure:
     """Mean loss and learning rate of each epoch, and how long an epoch took."""
     table = pd.DataFrame(history)
     figure, ax = plt.subplots(figsize=(7, 2.8))
@@ -78,7 +80,7 @@ def trials_table(search: Mapping) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def search_progress(search: Mapping) -> Figure:
+def plot_search(search: Mapping) -> Figure:
     """CAS of each trial at every rung it reached; the best so far as a line."""
     table, last = trials_table(search), f"CAS@{search['rungs'][-1]}"
     figure, ax = plt.subplots(figsize=(7, 3))
@@ -98,7 +100,7 @@ def search_progress(search: Mapping) -> Figure:
     return figure
 
 
-def marginals(searches: Mapping[str, Mapping]) -> Figure:
+def plot_marginals(searches: Mapping[str, Mapping]) -> Figure:
     """CAS at the lowest rung against each parameter, a row a search; a ring for each trial that was scored to the end."""
     figure, axes = plt.subplots(len(searches), 3, figsize=(9, 2.6 * len(searches) + 0.4), sharey="row", squeeze=False)
     for row, (name, search) in zip(axes, searches.items(), strict=True):
@@ -127,7 +129,7 @@ def top_trials(search: Mapping, count: int = 5) -> pd.DataFrame:
     )
 
 
-def finalists(search: Mapping) -> pd.DataFrame:
+def finalists_table(search: Mapping) -> pd.DataFrame:
     """The finalists, the chosen one first: the CAS that made them finalists, and the one scored anew (percent)."""
     rows = []
     for f in search["finalists"]:
@@ -149,7 +151,7 @@ def finalists(search: Mapping) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("trial").round(2)
 
 
-def compare_scores(cells: Sequence[Mapping]) -> pd.DataFrame:
+def scores_table(cells: Sequence[Mapping]) -> pd.DataFrame:
     """Scored cells side by side, in percent: mean and deviation over classifier seeds, and what plain accuracy can hide."""
     rows = []
     for cell in cells:
@@ -174,14 +176,14 @@ def compare_scores(cells: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("cell").round(2)
 
 
-def show_score(cell: Mapping, data: ImageDataset) -> pd.DataFrame:
+def score_table(cell: Mapping, data: ImageDataset) -> pd.DataFrame:
     """One scored cell beside the majority line."""
-    table = compare_scores([cell])
+    table = scores_table([cell])
     table["majority_line"] = round(100 * data.majority_share(), 2)
     return table
 
 
-def class_recall(cells: Mapping[str, Mapping], data: ImageDataset) -> Figure:
+def plot_recall(cells: Mapping[str, Mapping], data: ImageDataset) -> Figure:
     """Recall of each class on the test set for several training sets."""
     table = pd.DataFrame({name: cell["test"]["recall"] for name, cell in cells.items()}, index=data.class_names).astype(
         float
@@ -191,7 +193,7 @@ def class_recall(cells: Mapping[str, Mapping], data: ImageDataset) -> Figure:
     return ax.figure
 
 
-def nearest_neighbours(generated: Split, real: Split, count: int = 14, chunk: int = 256) -> Figure:
+def show_nearest_neighbours(generated: Split, real: Split, count: int = 14, chunk: int = 256) -> Figure:
     """Generated images, the closest first, above their nearest real training images (Euclidean, pixels)."""
     flat_real = real.images.reshape(len(real), -1).astype(np.float32)
     squared_real, distance, nearest = (flat_real**2).sum(1), [], []
@@ -201,6 +203,101 @@ def nearest_neighbours(generated: Split, real: Split, count: int = 14, chunk: in
         distance.append(squared.min(1))
         nearest.append(squared.argmin(1))
     closest = np.concatenate(distance).argsort()[:count]
-    return rows_of_images(
+    return show_image_rows(
         {"generated": generated.images[closest], "nearest real": real.images[np.concatenate(nearest)[closest]]}
     )
+
+
+def save_figure(figure, path: Path) -> Path:
+    with atomic_write(path) as beside:
+        figure.savefig(beside, dpi=150, format=path.suffix[1:])
+    return path
+
+
+def plot_scaling(table: pd.DataFrame, title: str):
+    """CAS against the size of the synthetic set, beside the same recipe on real images."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    real, synthetic = table[table.cell == "real"].iloc[0], table[table.cell != "real"]
+    k = synthetic.cell.str[1:].astype(int)
+    axes.axhline(real.cas, color="black", lw=1.2, label=f"real training set: {real.cas:.1f} %")
+    axes.axhspan(real.cas - real.deviation, real.cas + real.deviation, color="black", alpha=0.1, lw=0)
+    axes.errorbar(
+        k,
+        synthetic.cas,
+        synthetic.deviation.fillna(0),
+        marker="o",
+        capsize=3,
+        color="C0",
+        label="synthetic only (test)",
+    )
+    axes.plot(k, synthetic.validation, ":", color="C0", alpha=0.7, label="synthetic only (validation)")
+    chosen = synthetic[synthetic.chosen].iloc[0]
+    axes.plot(
+        int(chosen.cell[1:]),
+        chosen.cas,
+        "o",
+        ms=13,
+        mfc="none",
+        mec="C3",
+        label=f"chosen on {'validation' if chosen.protocol == 'sealed' else 'test'}: {chosen.cell}, {chosen.cas:.1f} %",
+    )
+    low, high = axes.get_ylim()
+    if real.majority > low - (high - low) / 2:  # else the axis would show little but the distance to it
+        axes.axhline(
+            real.majority, color="black", lw=1, ls="--", label=f"always the commonest class: {real.majority:.1f} %"
+        )
+    axes.set(xlabel="synthetic images, in sizes of the real training set", ylabel="top-1 accuracy (%)")
+    axes.set_title(title, parse_math=False)
+    axes.set_xticks(k)
+    axes.legend(loc="lower right", fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def plot_stages(table: pd.DataFrame, real: float, title: str):
+    """CAS after each step of the pipeline."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.4))
+    axes.bar(range(len(table)), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
+    axes.axhline(real, color="black", lw=1.2, label=f"real images: {real:.1f} %")
+    majority = table.majority.iloc[0]
+    axes.axhline(majority, color="black", lw=1, ls="--", label=f"always the commonest class: {majority:.1f} %")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+    names = ("After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search")
+    labels = [
+        f"{name}\n{row.cas:.1f} % in {row.seconds:.0f} s\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}"
+        for name, row in zip(names, table.itertuples(), strict=True)
+    ]
+    axes.set_xticks(range(4), labels)
+    axes.set(ylabel="CAS (%)", ylim=(0, 102))
+    axes.set_title(title, pad=24, parse_math=False)
+    figure.tight_layout()
+    return figure
+
+
+def plot_importances(effects: pd.DataFrame):
+    """Figure 1: mean importance of each parameter in the two searches, the experiments beside the paper."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    shown = effects.assign(
+        parameter=effects.parameter.map(LABELS),
+        source=np.where(effects.who.str.startswith("paper"), "paper (6 data sets)", "ours"),
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for ax, (search, title) in zip(axes, (("search_1", "initial search"), ("search_2", "final search")), strict=True):
+        part = shown[shown.search == search]
+        order = ["UGS", "epoch", "IS"]
+        sns.barplot(part, x="parameter", y="importance", hue="source", order=order, hue_order=["ours", "paper (6 data sets)"],
+                    errorbar=None, palette=["C0", "0.7"], ax=ax)  # fmt: skip
+        sns.stripplot(part, x="parameter", y="importance", hue="source", order=order, hue_order=["ours", "paper (6 data sets)"],
+                      dodge=True, palette=["black", "0.35"], size=3, legend=False, ax=ax)  # fmt: skip
+        ax.set(title=title, xlabel="", ylabel="share of the main effects (fANOVA)", ylim=(0, 1))
+    axes[1].get_legend().remove()
+    axes[0].legend(title="", fontsize=8)
+    figure.tight_layout()
+    return figure

@@ -20,28 +20,28 @@ import click
 import yaml
 from tqdm import tqdm
 
-from sdlab.datasets import dataset_facts, fetch_dataset
-from sdlab.export import export
-from sdlab.files import cannot_write, inside, refusal, size_below, written_beside
-from sdlab.run import (
+from sdlab.data.datasets import dataset_facts, fetch_dataset
+from sdlab.errors import BadInput
+from sdlab.parameters import from_yaml, read_parameters
+from sdlab.runs.export import export_set
+from sdlab.runs.files import atomic_write, cannot_write, folder_size, is_inside, write_errno
+from sdlab.runs.locks import Lock
+from sdlab.runs.records import (
     BENCHMARKS,
-    STEPS,
+    STAGES,
     WRITES,
-    Lock,
-    Run,
-    Step,
-    change_within,
-    check_step,
-    check_storage,
-    move_aside,
-    new_aside,
-    note_notebook,
+    Stage,
+    check_stage,
+    downstream_stages,
+    environment_change,
     read_record,
-    readers,
+    record_notebook,
     record_path,
-    step_state,
+    stage_state,
 )
-from sdlab.settings import PROJECT_ROOT, BadInput, Settings, from_yaml, parameter_file, read_parameters
+from sdlab.runs.run import Run, move_aside, new_aside_folder
+from sdlab.runs.storage import check_storage
+from sdlab.settings import PROJECT_ROOT, Settings, parameter_file
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 
@@ -57,14 +57,14 @@ class OneSentence(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(in_words(error, ctx.invoked_subcommand)) from None
+            raise click.ClickException(describe_error(error, ctx.invoked_subcommand)) from None
 
 
-def in_words(error: Exception, command: str) -> str:
+def describe_error(error: Exception, command: str) -> str:
     """One sentence for an error that ended a command."""
     if isinstance(error, BadInput):
         return str(error)
-    if number := refusal(error):  # of what lies outside any run: a terminal's temporary folder, a notebook's copy
+    if number := write_errno(error):  # of what lies outside any run: a terminal's temporary folder, a notebook's copy
         where = getattr(error, "filename", None) or f"{tempfile.gettempdir()}, or where this command prints to,"
         if number in (errno.EACCES, errno.EPERM, errno.EIO):
             return f"{where} cannot be read or written ({os.strerror(number)}): mend that, and give the same command."
@@ -111,9 +111,6 @@ def parsed(name: str, value: str):
         raise BadInput(f"The value of -p {name} is {value!r}, which YAML cannot read: put it in quotes.") from None
 
 
-# ------------------------------------------------------------------------------------------------------ run
-
-
 @cli.command()
 @with_settings
 @click.option("--until", default="07", show_default=True, help="Last notebook to run, by number.")
@@ -123,36 +120,36 @@ def parsed(name: str, value: str):
 def run(settings: Settings, until: str, redo: str | None) -> None:
     """Run the notebooks in order; skip what is finished, stop at the first failure."""
     for name, number in (("until", until), ("redo", redo)):
-        if number not in (None, *STEPS):
-            raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STEPS)}.")
-    from sdlab.results import tables_are_current  # pandas is slow to import, and `sdlab --help` needs none
+        if number not in (None, *STAGES):
+            raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STAGES)}.")
+    from sdlab.report.tables import tables_are_current  # pandas is slow to import, and `sdlab --help` needs none
 
     fetch_dataset(settings)
     fetch_base_model(settings)
     started, executed = time.monotonic(), 0
-    with at_work(settings, "sdlab run"):
+    with exclusive_command(settings, "sdlab run"):
         if redo:
-            set_aside(settings, redo)
-        for step in STEPS.values():
+            move_stages_aside(settings, redo)
+        for step in STAGES.values():
             if step.number > until:
                 break
-            done = check_step(settings, step.number).state == "done"
+            done = check_stage(settings, step.number).state == "done"
             if done and (step.number != "07" or tables_are_current(settings)):
                 click.echo(f"{step.stem:<24} finished before, skipped")
                 continue
-            seconds = execute(settings, step)
+            seconds = execute_notebook(settings, step)
             executed += 1
             click.echo(f"{step.stem:<24} {seconds:7.1f} s")
-            if note := change_within(read_record(settings, step.number)):
+            if note := environment_change(read_record(settings, step.number)):
                 click.echo(note, err=True)
-    if until == max(STEPS):
+    if until == max(STAGES):
         publish(settings)
         show_tables(settings)
     click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
 
 
 @contextlib.contextmanager
-def at_work(settings: Settings, what: str) -> Iterator[None]:
+def exclusive_command(settings: Settings, what: str) -> Iterator[None]:
     """One command that runs notebooks of an experiment at a time. Raises `BadInput` that names the other."""
     # Not in the run's folder, where a run that is refused may leave nothing.
     lock = Lock(scratch_folder(settings).with_suffix(".lock"), settings.run_folder, what)
@@ -188,37 +185,39 @@ def scratch(settings: Settings) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(settings: Settings, number: str) -> None:
+def move_stages_aside(settings: Settings, number: str) -> None:
     """Move what a step made, and what was made from it, to aside/; of its search, the study to another name."""
     folder = settings.run_folder
     paths = []
-    for step in map(STEPS.get, readers(number)):
+    for step in map(STAGES.get, downstream_stages(number)):
         patterns = (*WRITES[step.number], f"records/{step.number}.*", f"notebooks/{step.stem}.ipynb")
         paths += [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     if not folder.exists():
         return
-    lock, aside = Lock(folder / ".lock", folder, "sdlab run --redo"), new_aside(folder)
+    lock, aside = Lock(folder / ".lock", folder, "sdlab run --redo"), new_aside_folder(folder)
     # The studies first: where this is cut, the files are still there to be moved the next time.
-    for search in [search for step, search in (("02", "search_1"), ("04", "search_2")) if step in readers(number)]:
-        from sdlab.search import rename_study  # optuna is slow to import
+    for search in [
+        search for step, search in (("02", "search_1"), ("04", "search_2")) if step in downstream_stages(number)
+    ]:
+        from sdlab.runs.studies import rename_study  # optuna is slow to import
 
         rename_study(settings, search, f"aside {aside.name}")
     move_aside(folder, paths, aside)
     lock.release()
     if paths:
-        click.echo(f"{len(paths)} files and folders were moved to {shown(aside)}/")
+        click.echo(f"{len(paths)} files and folders were moved to {relative_to_project(aside)}/")
 
 
 def fetch_base_model(settings: Settings) -> None:
     """Fetch a hub's base model with the hub's own bars, before any notebook starts."""
     name = settings.base_model
     if name != "tiny" and not (PROJECT_ROOT / Path(name).expanduser()).is_dir():
-        from sdlab.base_models import base_model_folder  # torch is slow to import
+        from sdlab.data.model_files import base_model_folder  # torch is slow to import
 
         base_model_folder(settings)
 
 
-def execute(settings: Settings, step: Step) -> float:
+def execute_notebook(settings: Settings, step: Stage) -> float:
     """One notebook through papermill, its progress shown here. Returns seconds. Raises `BadInput` on its failure."""
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -245,7 +244,7 @@ def execute(settings: Settings, step: Step) -> float:
         except PapermillExecutionError as error:
             # A notebook that was refused before it opened its step leaves nothing.
             opened = record.exists() and record.read_bytes() != before
-            kept = keep_executed(settings, step, output) if opened else None
+            kept = save_executed_copy(settings, step, output) if opened else None
             raise BadInput(failure(step, error, kept)) from error
         except DeadKernelError as error:
             raise BadInput(
@@ -253,7 +252,7 @@ def execute(settings: Settings, step: Step) -> float:
             ) from error
         except KeyboardInterrupt:
             raise BadInput(f"Stopped during {step.stem}: the same command goes on where it was.") from None
-        keep_executed(settings, step, output)
+        save_executed_copy(settings, step, output)
     return time.monotonic() - started
 
 
@@ -262,15 +261,15 @@ def unformatted(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def failure(step: Step, error, kept: Path | None) -> str:
+def failure(step: Stage, error, kept: Path | None) -> str:
     """The failing cell's error in words: a `BadInput` is a sentence already."""
     if error.ename == "BadInput":
         return error.evalue
-    where = f"; the executed copy is {shown(kept)}" if kept else ""
+    where = f"; the executed copy is {relative_to_project(kept)}" if kept else ""
     return f"{step.stem} failed in cell [{error.exec_count}] with {error.ename}: {error.evalue}{where}."
 
 
-def keep_executed(settings: Settings, step: Step, output: Path) -> Path | None:
+def save_executed_copy(settings: Settings, step: Stage, output: Path) -> Path | None:
     """Move an executed notebook into the run's folder, machine paths taken out; nothing if the run wrote nothing."""
     if not settings.run_folder.exists() or not output.exists():
         return None
@@ -282,10 +281,10 @@ def keep_executed(settings: Settings, step: Step, output: Path) -> Path | None:
         for form in as_in_notebooks(path):
             text = text.replace(form + "/", "").replace(form, ".")
     kept = settings.run_folder / "notebooks" / output.name
-    with written_beside(kept) as beside:
+    with atomic_write(kept) as beside:
         beside.write_text(text, encoding="utf-8")
-    if step.number in STEPS:
-        note_notebook(settings, step, kept)
+    if step.number in STAGES:
+        record_notebook(settings, step, kept)
     return kept
 
 
@@ -298,7 +297,7 @@ def as_in_notebooks(text: str) -> tuple[str, str]:
 def publish(settings: Settings) -> None:
     """Executed notebooks beside the tables, for readers on the web."""
     for path in sorted((settings.run_folder / "notebooks").glob("*.ipynb")):
-        with written_beside(settings.report_folder / path.name) as beside:
+        with atomic_write(settings.report_folder / path.name) as beside:
             shutil.copyfile(path, beside)
 
 
@@ -308,8 +307,10 @@ def show_tables(settings: Settings) -> None:
         table, _, remarks = (settings.report_folder / f"{name}.md").read_text(encoding="utf-8").partition("\n\nBold")
         click.echo("\n" + plain_table(table))
     click.echo("\nBold" + remarks)
-    click.echo(f"\nFigures: {', '.join(shown(path) for path in sorted(settings.report_folder.glob('*.png')))}")
-    click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {shown(settings.report_folder)}/")
+    click.echo(
+        f"\nFigures: {', '.join(relative_to_project(path) for path in sorted(settings.report_folder.glob('*.png')))}"
+    )
+    click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {relative_to_project(settings.report_folder)}/")
 
 
 def plain_table(markdown: str) -> str:
@@ -333,7 +334,7 @@ def plain_table(markdown: str) -> str:
     return "\n".join(text)
 
 
-def shown(path: Path) -> str:
+def relative_to_project(path: Path) -> str:
     """A path as a reader wants it: relative to the project if it is in it."""
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
 
@@ -389,9 +390,6 @@ class Watcher(threading.Thread):
         self.bar.refresh()
 
 
-# ----------------------------------------------------------------------------------------------------- work
-
-
 @cli.command()
 @with_settings
 def work(settings: Settings) -> None:
@@ -401,11 +399,11 @@ def work(settings: Settings) -> None:
     """
     loaded = ()
     for number, search in (("02", "search_class_encoder"), ("04", "search_unet")):
-        step = STEPS[number]
-        await_state(settings, step, begun=True)
+        step = STAGES[number]
+        wait_for_stage(settings, step, begun=True)
         if not loaded:
             from sdlab.base_models import load_base_model  # torch, diffusers and optuna are slow to import
-            from sdlab.datasets import load_dataset
+            from sdlab.data.datasets import load_dataset
 
             loaded = load_dataset(settings), load_base_model(settings)
         run = Run(settings, step.stem, *loaded, helping=True)
@@ -414,10 +412,10 @@ def work(settings: Settings) -> None:
 
             getattr(searches, search)(run, loaded[1], loaded[0])
             click.echo(f"{step.stem}: no trial is left to take")
-        await_state(settings, step, begun=False)
+        wait_for_stage(settings, step, begun=False)
 
 
-def await_state(settings: Settings, step: Step, begun: bool) -> None:
+def wait_for_stage(settings: Settings, step: Stage, begun: bool) -> None:
     """Wait until a step is finished, or with `begun` until it is at work. Raises `BadInput` for one that cannot be."""
     said = False
     while (record := read_record(settings, step.number)) is None or not (begun or record["finished"]):
@@ -426,23 +424,20 @@ def await_state(settings: Settings, step: Step, begun: bool) -> None:
             click.echo(f"waiting for {step.stem} to {what} (`sdlab run {settings.experiment}`)", err=True)
             said = True
         time.sleep(1)
-    check_step(settings, step.number)
-
-
-# ------------------------------------------------------------------------------------- status, dashboard, settings
+    check_stage(settings, step.number)
 
 
 @cli.command()
 @with_settings
 def status(settings: Settings) -> None:
     """What is done, what is stale, and why."""
-    click.echo(f"{settings.experiment} in {shown(settings.run_folder)}, protocol {settings.protocol}")
-    for step in STEPS.values():
-        state = step_state(settings, step.number)
+    click.echo(f"{settings.experiment} in {relative_to_project(settings.run_folder)}, protocol {settings.protocol}")
+    for step in STAGES.values():
+        state = stage_state(settings, step.number)
         if state.state == "done":
             why = f"{state.seconds:.0f} s"
         elif state.state == "not run":
-            missing = [STEPS[n].stem for n in step.upstream if step_state(settings, n).state != "done"]
+            missing = [STAGES[n].stem for n in step.upstream if stage_state(settings, n).state != "done"]
             why = f"waits for {', '.join(missing)}" if missing else "can run"
         else:
             why = state.why
@@ -456,16 +451,18 @@ def verify_run(path: str) -> None:
 
     Names each damaged, missing, foreign or stale file and the command that makes just that anew; exit code 1 if there is one.
     """
-    from sdlab.verify import verify
+    from sdlab.runs.verify import verify
 
     settings = settings_of(path)
     with tqdm(
-        total=size_below(settings.run_folder), unit="B", unit_scale=True, desc="verify", leave=False, disable=None
+        total=folder_size(settings.run_folder), unit="B", unit_scale=True, desc="verify", leave=False, disable=None
     ) as bar:
         found, files = verify(settings, bar.update)
     for finding in found:
         click.echo(f"{finding.state:<8} {finding.path}: {finding.why}\n         {finding.repair}")
-    click.echo(f"{shown(settings.run_folder)}: {files} files read, {len(found)} not as they were written.")
+    click.echo(
+        f"{relative_to_project(settings.run_folder)}: {files} files read, {len(found)} not as they were written."
+    )
     if found:
         raise SystemExit(1)
 
@@ -491,40 +488,42 @@ def repair(settings: Settings, path: str) -> None:
 
     What is there is moved to aside/ first, never deleted.
     """
-    from sdlab.verify import verify
+    from sdlab.runs.verify import verify
 
     folder, found = settings.run_folder, verify(settings)[0]
     meant = [finding for finding in found if finding.path == path or finding.path.startswith(f"{path}/")]
-    if not inside(path) or not meant:
+    if not is_inside(path) or not meant:
         wrong = ", ".join(finding.path for finding in found[:5]) or "nothing is"
-        raise BadInput(f"`{path}` is not among what is wrong with {shown(folder)} ({wrong}): nothing was done.")
+        raise BadInput(
+            f"`{path}` is not among what is wrong with {relative_to_project(folder)} ({wrong}): nothing was done."
+        )
     if not meant[0].repair.startswith("sdlab repair"):
         raise BadInput(f"`{path}` is {meant[0].state} ({meant[0].why}), which no repair makes good: {meant[0].repair}.")
     path = meant[0].repair.split()[-1]  # of a training's file, the training
-    with at_work(settings, "sdlab repair"):
+    with exclusive_command(settings, "sdlab repair"):
         there = (folder / path).exists()
-        lock, step = Lock(folder / ".lock", folder, "sdlab repair"), maker(settings, path)
+        lock, step = Lock(folder / ".lock", folder, "sdlab repair"), stage_that_writes(settings, path)
         if there:
-            move_aside(folder, [folder / path], new_aside(folder))
+            move_aside(folder, [folder / path], new_aside_folder(folder))
         lock.release()
         if path.startswith("synthetic/"):
-            from sdlab.evaluation import remake  # torch and diffusers are slow to import
+            from sdlab.generation import regenerate_shards  # torch and diffusers are slow to import
 
-            remake(settings, PurePosixPath(path).parts[1])
+            regenerate_shards(settings, PurePosixPath(path).parts[1])
         elif step is not None:
-            execute(settings, step)
+            execute_notebook(settings, step)
     left = [finding.path for finding in verify(settings)[0]]
-    said = f"{path} was moved to {shown(folder)}/aside/" if there else f"{path} was not there"
+    said = f"{path} was moved to {relative_to_project(folder)}/aside/" if there else f"{path} was not there"
     if any(name == path or name.startswith(f"{path}/") for name in left):
         raise BadInput(f"{said}, and what was made is not what it was: device, threads or versions differ.")
     click.echo(f"{said}; made anew, as it was.")
 
 
-def maker(settings: Settings, path: str) -> Step | None:
+def stage_that_writes(settings: Settings, path: str) -> Stage | None:
     """The step that writes a file or folder of a run."""
     if path.startswith("records/"):
-        return STEPS.get(path[8:10])
-    for number, step in STEPS.items():
+        return STAGES.get(path[8:10])
+    for number, step in STAGES.items():
         record = None
         with contextlib.suppress(BadInput):
             record = read_record(settings, number)
@@ -542,13 +541,14 @@ def plan(settings: Settings, again: bool) -> None:
 
     Times a few real steps, and fetches nothing.
     """
-    from sdlab.results import actual, kept_plan, plan_sentences, plan_table, to_markdown
+    from sdlab.report.costs import load_plan, measured_costs, plan_sentences, plan_table
+    from sdlab.report.tables import to_markdown
 
-    made, took = kept_plan(settings), actual(settings)
+    made, took = load_plan(settings), measured_costs(settings)
     if again or made is None:
         facts = dataset_facts(settings)
         click.echo("Timing a few steps ...", err=True)
-        from sdlab.planning import make_plan  # torch and diffusers are slow to import
+        from sdlab.tools.planning import make_plan  # torch and diffusers are slow to import
 
         made = make_plan(settings, facts)
     else:
@@ -563,11 +563,11 @@ def plan(settings: Settings, again: bool) -> None:
 @with_settings
 def benchmark(settings: Settings) -> None:
     """Time each part beside what one would otherwise run, on this machine (notebook 08)."""
-    with at_work(settings, "sdlab benchmark"):
-        seconds = execute(settings, BENCHMARKS)
+    with exclusive_command(settings, "sdlab benchmark"):
+        seconds = execute_notebook(settings, BENCHMARKS)
     publish(settings)
     click.echo((settings.report_folder / "benchmarks.md").read_text(encoding="utf-8"))
-    click.echo(f"{shown(settings.report_folder)}/, in {seconds / 60:.1f} minutes.")
+    click.echo(f"{relative_to_project(settings.report_folder)}/, in {seconds / 60:.1f} minutes.")
 
 
 @cli.command()
@@ -591,9 +591,9 @@ def dashboard(settings: Settings, port: int) -> None:
 @with_settings
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--images", type=int, help="How many, from the first on.  [default: the size that notebook 05 chose]")
-def export_set(settings: Settings, target: Path, images: int | None) -> None:
+def export(settings: Settings, target: Path, images: int | None) -> None:
     """Write the chosen synthetic set to TARGET: a folder of PNGs, one subfolder a class, or a file ending in .npz."""
-    about = export(settings, target, images)
+    about = export_set(settings, target, images)
     click.echo(f"{target}: {about['images']} images of {len(about['classes'])} classes, {about['image_size']} px.")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.files import checked_form, read_sealed, sha256_of_file
-from sdlab.settings import BadInput
+from sdlab.errors import BadInput
+from sdlab.runs.files import check_fields, read_hashed_json, sha256_of_file
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -17,22 +17,22 @@ def shard_path(folder: Path, index: int) -> Path:
 def read_manifest(folder: Path) -> dict:
     """A set's manifest. Raises `BadInput` if it is missing, or not what was written."""
     path = folder / "manifest.json"
-    manifest = read_sealed(path, "run its step again, which makes it.")
-    checked_form(manifest, dict(key=str, plan=dict, made_from=dict | None, shards=dict), path)
-    checked_form(manifest["plan"], dict(shard_size=int, seed=int), path)
+    manifest = read_hashed_json(path, "run its step again, which makes it.")
+    check_fields(manifest, dict(key=str, plan=dict, made_from=dict | None, shards=dict), path)
+    check_fields(manifest["plan"], dict(shard_size=int, seed=int), path)
     if manifest["made_from"]:
-        made_from = checked_form(manifest["made_from"], dict(point=dict, checkpoints=dict, labels=str), path)
-        checked_form(made_from["point"], dict(class_encoder_epoch=int, unet_epoch=int), path)
+        made_from = check_fields(manifest["made_from"], dict(point=dict, checkpoints=dict, labels=str), path)
+        check_fields(made_from["point"], dict(class_encoder_epoch=int, unet_epoch=int), path)
         if not made_from["checkpoints"].keys() <= {"class_encoder", "unet"}:
             raise BadInput(f"{path} is damaged (its checkpoints are of no part): move it away and run its step again.")
     for index, noted in manifest["shards"].items():
-        checked_form(noted, dict(sha256=str, seconds=float | int), path)
+        check_fields(noted, dict(sha256=str, seconds=float | int), path)
         if not index.isdecimal() or manifest["plan"]["shard_size"] < 1:
             raise BadInput(f"{path} is damaged (it has a shard {index!r}): move it away and run its step again.")
     return manifest
 
 
-def stored_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_shards(folder: Path, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first `count` images and labels of a set, shard by shard: uint8 (n, 3, h, w), int64 (n,).
 
     Each shard is checked against its hash when it is reached. Raises `BadInput` for one that is missing or damaged.

@@ -1,0 +1,1 @@
+"""Real images and the files of a base model."""

@@ -1,0 +1,1 @@
+"""An experiment's folder: records, locks, files that are whole."""
