@@ -38,8 +38,9 @@ from sdlab.errors import BadInput
 from sdlab.evaluation import train_and_score_classifiers
 from sdlab.generation import GenerationPlan, generate, prepare_unet, uniform_labels
 from sdlab.latents import encode_images
-from sdlab.settings import PROJECT_ROOT, Settings
-from sdlab.threads import derive_seed
+from sdlab.paths import PROJECT_ROOT
+from sdlab.seeds import derive_seed
+from sdlab.settings import Settings
 from sdlab.training import TrainingPlan, train
 
 silent = functools.partial(tqdm, disable=True)

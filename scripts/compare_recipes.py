@@ -14,8 +14,8 @@ from sdlab.data.images import Split
 from sdlab.evaluation import generate_pool, load_optimum
 from sdlab.generation import generate_set
 from sdlab.runs.run import Run
+from sdlab.seeds import derive_seed
 from sdlab.settings import Settings, parameter_file
-from sdlab.threads import derive_seed
 
 RECIPES = (
     dict(steps=150, learning_rate=1e-3),

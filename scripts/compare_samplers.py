@@ -24,8 +24,8 @@ from sdlab.data.images import Split
 from sdlab.evaluation import train_and_score_classifiers
 from sdlab.generation import GenerationPlan, SamplingConfig, generate_images, load_pipeline, uniform_labels
 from sdlab.runs.files import read_json, write_json
+from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
-from sdlab.threads import derive_seed
 
 # name -> scheduler, steps, guidance (None: the search's optimum), share of the steps until which guidance acts
 SAMPLERS = {

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("sdlab/**/*", "notebooks/*.ipynb", "tests/smoke.yaml")  # what a run depends on
-MOST_NAMES = 20  # differences printed for each kind
+MOST_NAMES = 20  # differences printed for each kind and side
 Item = tuple[str, str]  # a name, and what must be equal: a digest, or a number in full
 
 # What is read from a run: files, where in their records, which keys. A list is read entry by entry.
@@ -57,9 +57,9 @@ SHARDS = "synthetic/*/shard_*.safetensors"
 
 def contents(run: Path) -> dict[str, list[Item]]:
     """All that is compared, by kind."""
-    arrays = {kind: [item for pattern in ARRAYS[kind] for item in read_arrays(run, pattern)] for kind in ARRAYS}
-    records = {kind: [item for place in RECORDS[kind] for item in read_records(run, *place)] for kind in RECORDS}
-    return arrays | records | read_synthetic_sets(run)
+    items = {kind: [item for pattern in ARRAYS[kind] for item in read_arrays(run, pattern)] for kind in ARRAYS}
+    items |= {kind: [item for place in RECORDS[kind] for item in read_records(run, *place)] for kind in RECORDS}
+    return items | read_synthetic_sets(run)
 
 
 def read_arrays(run: Path, pattern: str) -> Iterator[Item]:
@@ -149,41 +149,39 @@ def compare(old: Path, new: Path) -> bool:
         all_equal &= equal == total > 0
         click.echo(f"{kind:<16} {equal:>6} of {total} equal")
         for side, lines in (("before", lost), ("now", added)):
-            more = [f"{len(lines) - MOST_NAMES} more"] if len(lines) > MOST_NAMES else []
-            for line in lines[:MOST_NAMES] + more:
-                click.echo(f"    only {side}: {line}")
+            click.echo("".join(f"    only {side}: {line}\n" for line in lines[:MOST_NAMES]), nl=False)
     return all_equal
 
 
 def git(*arguments: str) -> str:
-    process = subprocess.run(("git", *arguments), capture_output=True, text=True, cwd=ROOT)
+    process = subprocess.run(("git", *arguments), stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if process.returncode:
-        raise click.ClickException(process.stderr.strip())
+        raise click.ClickException(f"git {arguments[0]} failed.")
     return process.stdout.strip()
 
 
 def code_digest() -> str:
     """One hash for this checkout's code, committed or not."""
     paths = sorted(path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode() + path.read_bytes())
-    return sha.hexdigest()
+    return hashlib.sha256(repr([(str(path), path.read_bytes()) for path in paths]).encode()).hexdigest()
 
 
 def smoke_run(checkout: Path, folder: Path) -> Path:
     """The folder of a smoke run by a checkout's code; a run that finished before is not repeated."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | dict(PYTHONPATH=str(checkout), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    with run_kernel(kernel_name="python3", env=environment, cwd=str(folder)) as kernel:
+    quiet = ["--IPKernelApp.log_level=50"]  # no warning about TCP
+    with run_kernel(kernel_name="python3", env=environment, cwd=str(folder), extra_arguments=quiet) as kernel:
         code = f"import sdlab; assert sdlab.__file__ == {str(checkout / 'sdlab' / '__init__.py')!r}, sdlab.__file__"
         if kernel.execute_interactive(code)["content"]["status"] != "ok":
             raise click.ClickException(f"Notebooks would not import the package of {checkout}.")
     module = "sdlab.workflow" if (checkout / "sdlab" / "workflow.py").exists() else "sdlab.tools.cli"
     command = [sys.executable, "-m", module, "run", "tests/smoke.yaml", "-p", "device", "cpu"]
     command += ["-p", "runs_root", str(folder / "runs"), "-p", "reports_root", str(folder / "reports")]
-    if subprocess.run(command, cwd=checkout, env=environment).returncode:
-        raise click.ClickException(f"The smoke run of {checkout} failed.")
+    click.echo(f"Running {module} of {checkout}; its output goes to {folder / 'run.log'}")
+    with (folder / "run.log").open("a") as log:
+        if subprocess.run(command, cwd=checkout, env=environment, stdout=log).returncode:
+            raise click.ClickException(f"The smoke run of {checkout} failed.")
     return folder / "runs" / "smoke"
 
 
@@ -194,7 +192,6 @@ def main(commit: str, keep: Path | None) -> None:
     commit = git("rev-parse", "--verify", f"{commit}^{{commit}}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (keep or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
         checkout = folder / f"checkout_{commit[:12]}"
         if not checkout.exists():
             git("clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(checkout))

@@ -21,8 +21,9 @@ def generating(count: int, folder: Path) -> None:
     from sdlab.base_models import load_base_model, make_scheduler
     from sdlab.class_encoder import ClassEncoder
     from sdlab.generation import GenerationPlan, generate, prepare_unet, uniform_labels
+    from sdlab.paths import PARAMS
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
-    from sdlab.settings import PARAMS, Settings
+    from sdlab.settings import Settings
 
     settings = Settings.from_file(PARAMS / "digits.yaml")
     base = load_base_model(settings)
@@ -51,7 +52,8 @@ def encoding(count: int, folder: Path) -> None:
     from benchmarks import silent
     from sdlab.base_models import load_base_model
     from sdlab.latents import encode_images
-    from sdlab.settings import PARAMS, Settings
+    from sdlab.paths import PARAMS
+    from sdlab.settings import Settings
 
     base = load_base_model(Settings.from_file(PARAMS / "digits.yaml"))
     rng = np.random.default_rng(0)

@@ -31,8 +31,8 @@ from sdlab.evaluation import train_and_score_classifiers
 from sdlab.generation import GenerationPlan, SamplingConfig, generate_images, load_pipeline, uniform_labels
 from sdlab.runs.files import read_json, write_json
 from sdlab.runs.studies import new_pruner, new_sampler
+from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
-from sdlab.threads import derive_seed
 
 TABLE = Path(__file__).resolve().parents[1] / "reports" / "searches" / "measured.json"
 RUNGS = [125, 250, 500, 1000]

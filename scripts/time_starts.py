@@ -13,8 +13,8 @@ import time
 import nbformat
 from nbclient import NotebookClient
 
+from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.records import STAGES
-from sdlab.settings import PROJECT_ROOT
 
 ROUNDS = 3
 

@@ -1,4 +1,9 @@
-"""Class vectors -> conditioning: the Class-Encoder that takes the text encoder's place (section 3 of the paper)."""
+"""Class vectors -> conditioning: the Class-Encoder replaces the text encoder (section 3 of the paper).
+
+    encoder_hidden_states(y) = reshape(W_2 (W_1 y + b_1)),  y one-hot; y = 0 is the null condition
+
+docs/method.md, item 19.
+"""
 
 import copy
 
@@ -10,8 +15,8 @@ from diffusers.configuration_utils import register_to_config
 class ClassEncoder(ModelMixin, ConfigMixin):
     """Affine, no activation: class vector (C) -> Linear(C, hidden) -> Linear(hidden, tokens * width, no bias).
 
-    A class is a one-hot vector, the null condition of classifier-free guidance is the zero vector. Initialised as
-    Keras' Dense layers are (Glorot uniform, zero bias), so that the null condition begins as zeros.
+    A class is a one-hot vector; the null condition of classifier-free guidance is the zero vector. The initialisation is
+    that of Keras' Dense layers (Glorot uniform, zero bias), so the null condition starts as zeros.
     """
 
     @register_to_config
@@ -29,7 +34,7 @@ class ClassEncoder(ModelMixin, ConfigMixin):
         return hidden_states.view(-1, self.config.tokens, self.config.width)
 
     def table(self) -> torch.Tensor:
-        """Every condition there is: (num_classes + 1, tokens, width), the last being the null condition."""
+        """The condition of every class, then the null condition: (num_classes + 1, tokens, width)."""
         vectors = torch.eye(self.config.num_classes + 1, self.config.num_classes, device=self.device, dtype=self.dtype)
         return self(vectors)
 
@@ -41,7 +46,7 @@ class ClassEncoder(ModelMixin, ConfigMixin):
 
 
 class ClassTable(ModelMixin, ConfigMixin):
-    """What a Class-Encoder answers, instead of how: all that sampling and fine-tuning need of a checkpoint.
+    """The Class-Encoder's output for every class, precomputed: all that sampling and fine-tuning need of a checkpoint.
 
     At SD 2.0's size and ten classes it has 0.9 M numbers, the Class-Encoder 39.4 M.
     """
@@ -52,13 +57,13 @@ class ClassTable(ModelMixin, ConfigMixin):
         self.conditions = torch.nn.Parameter(torch.zeros(num_classes + 1, tokens, width))
 
     def table(self) -> torch.Tensor:
-        """Every condition there is: (num_classes + 1, tokens, width), the last being the null condition."""
+        """The condition of every class, then the null condition: (num_classes + 1, tokens, width)."""
         return self.conditions
 
     def effective_rank(self) -> float:
-        """exp of the entropy of the explained-variance ratios of the class residuals; at most num_classes - 1.
+        """exp of the entropy of the explained-variance ratios of the class residuals, at most num_classes - 1.
 
-        Near 1 the classes differ along one direction only: the encoder has collapsed (METHOD, item 8).
+        Near 1 the classes differ along one direction only: the encoder has collapsed (docs/method.md, item 8).
         """
         classes = self.table()[:-1].detach().flatten(1).double()
         variances = torch.linalg.svdvals(classes - classes.mean(0)).square()
@@ -67,7 +72,7 @@ class ClassTable(ModelMixin, ConfigMixin):
 
 
 class ProjectedConditions(torch.nn.Module):
-    """In the place of a cross-attention's key or value projection: what it makes of each condition, made once."""
+    """Replaces the key or value projection of a cross-attention: its output for every condition, computed once."""
 
     def __init__(self, projection: torch.nn.Module, table: torch.Tensor):
         super().__init__()
@@ -80,18 +85,18 @@ class ProjectedConditions(torch.nn.Module):
 
 @torch.no_grad()
 def with_projected_conditions(unet: UNet2DConditionModel, table: torch.Tensor) -> UNet2DConditionModel:
-    """The same UNet for sampling from few conditions: its `encoder_hidden_states` are rows of `table`, (n, 1, 1) integers.
+    """A UNet for sampling from few conditions: its `encoder_hidden_states` are rows of `table`, (n, 1, 1) integers.
 
-    `table` is (num_classes + 1, tokens, width). All images of a class have the same keys and values at every step, which
-    are 8.5 % of SD 2.0's arithmetic where each image projects its own 77 tokens. Weights are shared with `unet`, which
-    stays as it is; what is projected does not follow a later change of them.
+    `table` is (num_classes + 1, tokens, width). All images of a class share their keys and values at every inference
+    step; projecting 77 tokens for each image would be 8.5 % of SD 2.0's arithmetic. The result shares its weights with
+    `unet`, which is unchanged; the projected values do not follow later changes of the weights.
     """
     table = table.to(unet.device, unet.dtype)
     shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    sampling = copy.deepcopy(unet, shared)
-    for module in list(sampling.modules()):
+    sampling_unet = copy.deepcopy(unet, shared)
+    for module in list(sampling_unet.modules()):
         if getattr(module, "is_cross_attention", False):
             module.to_k = ProjectedConditions(module.to_k, table)
             module.to_v = ProjectedConditions(module.to_v, table)
-    sampling.takes_rows = True
-    return sampling
+    sampling_unet.takes_rows = True
+    return sampling_unet

@@ -1,4 +1,7 @@
-"""Images -> trained ResNet20 -> `Score`: the judge of every set, real or synthetic (section 3 of the paper)."""
+"""Images -> trained ResNet20 -> `Score`: the same classifier for every set, real or synthetic (section 3 of the paper).
+
+docs/method.md, items 4 and 16.
+"""
 
 import copy
 import math
@@ -15,7 +18,7 @@ from torch import nn
 from sdlab.data.images import Split
 from sdlab.settings import Settings
 
-GLOBAL_GENERATOR = threading.Lock()  # torch's is one for all threads, and initial weights are drawn from it
+GLOBAL_GENERATOR = threading.Lock()  # initial weights are drawn from torch's one generator for all threads
 
 
 class ResidualBlock(nn.Module):
@@ -67,18 +70,18 @@ class ResNet20(nn.Module):
 
 @dataclass(frozen=True)
 class Score:
-    """How a classifier does on one split. Shares of 1. `accuracy` is the CAS if it was trained on generated images."""
+    """A classifier's results on one split, in shares of 1. `accuracy` is the CAS if it was trained on generated images."""
 
     accuracy: float
     top5: float
     balanced: float  # mean of the classes' recalls
-    recall: tuple[float, ...]  # of each class; nan for a class the split lacks
+    recall: tuple[float, ...]  # of each class; nan for a class that the split lacks
     n: int
 
     @classmethod
-    def of(cls, kept: dict) -> "Score":
-        """From `dataclasses.asdict`, as JSON gives it back."""
-        return cls(**(kept | dict(recall=tuple(kept["recall"]))))
+    def from_json(cls, fields: dict) -> "Score":
+        """From `dataclasses.asdict` after JSON."""
+        return cls(**(fields | dict(recall=tuple(fields["recall"]))))
 
     @property
     def standard_error(self) -> float:
@@ -92,7 +95,7 @@ class ClassifierRecipe:
 
     filters: int
     epochs: int
-    steps: int  # one budget of optimiser steps, in `epochs` equal parts; 0: whole passes over the images
+    train_steps: int  # in all, in `epochs` equal parts; 0: whole passes over the images
     batch_size: int
     learning_rate: float
     label_smoothing: float
@@ -101,20 +104,24 @@ class ClassifierRecipe:
     min_learning_rate: float = 1e-5
 
     @classmethod
-    def of(cls, settings: Settings, searching: bool = False) -> "ClassifierRecipe":
+    def from_settings(cls, settings: Settings, searching: bool = False) -> "ClassifierRecipe":
         """The settings' recipe; the searches have patiences of their own (authors' code)."""
         s = settings
-        patience = s.search_patience if searching else s.classifier_patience
-        stop_patience = s.search_stop_patience if searching else s.classifier_stop_patience
         return cls(
-            s.classifier_filters, s.classifier_epochs, s.classifier_steps, s.classifier_batch_size,
-            s.classifier_learning_rate, s.classifier_label_smoothing, patience, stop_patience,
-        )  # fmt: skip
+            filters=s.classifier_filters,
+            epochs=s.classifier_epochs,
+            train_steps=s.classifier_train_steps,
+            batch_size=s.classifier_batch_size,
+            learning_rate=s.classifier_learning_rate,
+            label_smoothing=s.classifier_label_smoothing,
+            patience=s.search_patience if searching else s.classifier_patience,
+            stop_patience=s.search_stop_patience if searching else s.classifier_stop_patience,
+        )
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """The weights with the best accuracy on real validation images, which the training watches (METHOD, item 4)."""
+    """The weights with the best accuracy on real validation images, which the training watches (docs/method.md, item 4)."""
 
     model: ResNet20
     history: list[dict]
@@ -133,8 +140,8 @@ def train_classifier(
     """Train ResNet20 on `train`; plateau, stopping and the choice of weights watch the accuracy on `val`.
 
     Adam, label smoothing, reduce-on-plateau x 0.1, early stopping, best weights restored; no augmentation.
-    An epoch is a pass over the images, or `steps / epochs` optimiser steps where a step budget is set.
-    Several may be trained at once, in threads: each depends on its own seed alone.
+    An epoch is a pass over the images, or `train_steps / epochs` training steps.
+    Several may be trained at once, in threads: each depends on its own seed only.
     """
     generator = torch.Generator().manual_seed(seed)
     with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
@@ -144,7 +151,7 @@ def train_classifier(
     images, labels = as_tensors(train, device)
     batches = endless_batches(len(labels), recipe.batch_size, generator)
     per_pass = math.ceil(len(labels) / recipe.batch_size)
-    budget = split_evenly(recipe.steps, recipe.epochs) if recipe.steps else [per_pass] * recipe.epochs
+    budget = split_evenly(recipe.train_steps, recipe.epochs) if recipe.train_steps else [per_pass] * recipe.epochs
 
     # The starting weights score -1: a first epoch at 0 % still counts as better.
     best, best_weights, since_best, since_drop, history = -1.0, None, 0, 0, []
@@ -210,7 +217,7 @@ def predict(model: ResNet20, split: Split, batch_size: int = 1024) -> np.ndarray
     return torch.cat([model(as_input(part.to(device))).float().cpu() for part in images.split(batch_size)]).numpy()
 
 
-def score(model: ResNet20, split: Split) -> Score:
+def score_classifier(model: ResNet20, split: Split) -> Score:
     """Accuracy, top-5 (1 for five classes or fewer), balanced accuracy and recall of each class."""
     logits = predict(model, split)
     predicted = logits.argmax(1)

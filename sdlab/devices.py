@@ -1,4 +1,4 @@
-"""TODO devices."""
+"""Device, precision and memory: where the arithmetic runs, in which numbers, and the sentence when it does not fit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,15 +9,14 @@ from sdlab.errors import BadInput
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` -> a device that is there. Raises `BadInput`."""
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` -> a device of this machine. Raises `BadInput`."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next(kind for kind, there in available.items() if there)
     kind, _, index = name.partition(":")
-    if not there.get(kind) or (
-        index and not (index.isdigit() and kind == "cuda" and int(index) < torch.cuda.device_count())
-    ):
-        found = ", ".join(k for k, v in there.items() if v)
+    numbered = index.isdigit() and kind == "cuda" and int(index) < torch.cuda.device_count()
+    if not available.get(kind) or (index and not numbered):
+        found = ", ".join(kind for kind, there in available.items() if there)
         raise BadInput(
             f"`device` is {name!r}, which this machine does not have: it has {found}; `auto` takes the best."
         )
@@ -25,7 +24,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: float32 on a CPU, bfloat16 on NVIDIA GPUs from Ampere on, float16 on older ones, which only emulate it."""
+    """`auto`: float32 on a CPU, bfloat16 on NVIDIA GPUs since Ampere, float16 on older ones, which emulate bfloat16."""
     if name != "auto":
         return getattr(torch, name)
     if device.type != "cuda":
@@ -34,19 +33,22 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python says that no memory is left, of a GPU or of the computer."""
+    """True if torch or Python reports that the memory of a GPU or of the computer is exhausted."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
-def raise_on_oom(what: str, way_out: str) -> Iterator[None]:
-    """Raises `BadInput` where the block needs more memory than there is. Smaller batches would give other bytes: none are made."""
+def raise_on_oom(what: str, remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the block into a `BadInput`.
+
+    The batch is never made smaller instead: the last bits of the results would change.
+    """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise BadInput(
-            f"The memory does not hold {what}: {way_out}, or free memory that other programs hold and give the same command; "
-            "what was finished before is intact."
+            f"The memory does not hold {what}: {remedy}, or free memory that other programs hold and repeat the command; "
+            "finished results are intact."
         ) from None

@@ -1,77 +1,79 @@
-"""An operating point -> synthetic images -> CAS: what the searches maximise and the tables print.
+"""A `SamplingConfig` -> synthetic images -> CAS: the value that the searches maximise and the tables print.
 
-CAS (Classification Accuracy Score, Ravuri and Vinyals 2019): top-1 accuracy on real images of a classifier trained on
-generated images only.
+    CAS = (1/n) sum_i [argmax f(x_i) = y_i]   over real images (x_i, y_i), f trained on generated images only
+
+the Classification Accuracy Score of Ravuri and Vinyals 2019 (docs/method.md, item 22). A new metric of a classifier is a
+field of `classifier.Score`, filled in `classifier.score` and averaged in `summarize`.
 """
 
 import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from sdlab.base_models import BaseModel
-from sdlab.classifier import ClassifierRecipe, Score, score, train_classifier
-from sdlab.data.images import ImageDataset, Split
+from sdlab.classifier import ClassifierRecipe, Score, score_classifier, train_classifier
+from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
-from sdlab.generation import SamplingConfig, SyntheticSet, generate_set, plan_generation, real_labels
+from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_labels
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
-from sdlab.runs.run import Run
-from sdlab.settings import Settings
-from sdlab.threads import derive_seed, map_in_threads
+from sdlab.runs.run import Experiment, Run
+from sdlab.sampling import SamplingConfig
+from sdlab.seeds import derive_seed
+from sdlab.threads import map_in_threads
 
 
 def train_and_score_classifiers(
+    run: Experiment,
     train: Split,
-    data: ImageDataset,
-    settings: Settings,
     seeds: Sequence[int],
     splits: Sequence[str],
-    progress: Callable = tqdm,
     desc: str = "classifier",
     searching: bool = False,
-    kept: Path | None = None,
 ) -> dict[str, list[Score]]:
-    """Train one classifier a seed on `train` and score each on real images: split -> a `Score` a seed.
+    """Train one classifier per seed on `train` and score each on real images: split -> a `Score` per seed.
 
-    On a CPU as many at a time as torch has threads, which they share. Each one's scores are kept in the folder `kept` as
-    soon as it is trained, under a hash of all that they depend on, and are read there by a run that was cut.
+    On a CPU as many train at a time as torch has threads, which they share. The scores of each are cached in the run's
+    work folder under a hash of everything they depend on, so an interrupted run finds them.
     Raises `BadInput` if the memory does not hold a classifier's training.
     """
-    recipe = ClassifierRecipe.of(settings, searching)
-    device = choose_device(settings.device)
+    data, recipe, device = (
+        run.data,
+        ClassifierRecipe.from_settings(run.settings, searching),
+        choose_device(run.settings.device),
+    )
+    # The worker count is kept even when some scores are cached: the thread count changes the last bits.
     workers = min(len(seeds), torch.get_num_threads()) if device.type == "cpu" else 1
-    counting = threading.Lock()
-    made_from = [train.fingerprint(), data.fingerprint(), asdict(recipe), list(splits)] if kept else []
-    files = [kept / f"{sha256_of_json([*made_from, seed])[:16]}.json" if kept else None for seed in seeds]
-    found = [[Score.of(s) for s in read_hashed_json(f)["scores"]] if f and f.exists() else None for f in files]
-    missing = [i for i, scores in enumerate(found) if scores is None]
+    cache, counting = run.work_folder and run.work_folder / "classifiers", threading.Lock()
+    made_from = [train.fingerprint(), data.fingerprint(), asdict(recipe), list(splits)] if cache else []
+    files = [cache / f"{sha256_of_json([*made_from, seed])[:16]}.json" if cache else None for seed in seeds]
+    scores = [
+        [Score.from_json(s) for s in read_hashed_json(file)["scores"]] if file and file.exists() else None
+        for file in files
+    ]
+    missing = [i for i, cached in enumerate(scores) if cached is None]
 
-    def train_one(i: int, go_on: Callable[[], None]) -> None:
+    def train_one(i: int, check_cancelled: Callable[[], None]) -> None:
         def after_epoch() -> None:
-            go_on()
+            check_cancelled()
             with counting:
                 bar.update()
 
-        with raise_on_oom(f"a classifier's step of {recipe.batch_size} images", smaller):
+        with raise_on_oom(f"a classifier's training step of {recipe.batch_size} images", remedy):
             trained = train_classifier(train, data.val, data.num_classes, recipe, seeds[i], device, after_epoch)
-            found[i] = [score(trained.model, data.splits[name]) for name in splits]
-        if kept:
-            write_hashed_json(files[i], dict(seed=seeds[i], scores=[asdict(s) for s in found[i]]))
+            scores[i] = [score_classifier(trained.model, data.splits[name]) for name in splits]
+        if cache:
+            write_hashed_json(files[i], dict(seed=seeds[i], scores=[asdict(s) for s in scores[i]]))
 
-    smaller = "take a smaller `classifier_batch_size` in an experiment of its own"
+    remedy = "take a smaller `classifier_batch_size` in an experiment of its own"
     desc = f"{desc}: {len(seeds)} classifier{'s' if len(seeds) > 1 else ''}"
     done = (len(seeds) - len(missing)) * recipe.epochs
-    with progress(total=len(seeds) * recipe.epochs, initial=done, desc=desc, unit="epoch") as bar:
-        map_in_threads(
-            train_one, missing, workers
-        )  # as many at a time as without those that were found: the same bytes
-    return dict(zip(splits, map(list, zip(*found, strict=True)), strict=True))
+    with run.progress(total=len(seeds) * recipe.epochs, initial=done, desc=desc, unit="epoch") as bar:
+        map_in_threads(train_one, missing, workers)
+    return dict(zip(splits, map(list, zip(*scores, strict=True)), strict=True))
 
 
 def summarize(scores: Sequence[Score]) -> dict:
@@ -90,83 +92,90 @@ def summarize(scores: Sequence[Score]) -> dict:
     )
 
 
-def score_training_set(run: Run, train: Split, data: ImageDataset, name: str, title: str, **more: Any) -> dict:
-    """A cell of a table: several classifiers on one training set, read on the test set; kept in `metrics/<name>.json`."""
+def deciding_split(protocol: str) -> str:
+    """The real images that decisions see. `sealed`: validation; `paper`: the test set (docs/method.md, item 3)."""
+    return {"sealed": "val", "paper": "test"}[protocol]
+
+
+# ----------------------------------------------------------------------------------------- cells of the tables
+
+
+def score_training_set(run: Run, train: Split, name: str, title: str, **more: Any) -> dict:
+    """A cell of a table: several classifiers on one training set, scored on the test set; saved in `metrics/<name>.json`."""
     settings = run.settings
     seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
-    run.note_test_reading(f"{title}: {len(seeds)} classifiers")
-    scores = train_and_score_classifiers(
-        train, data, settings, seeds, ("val", "test"), run.progress, title, kept=run.begun / "classifiers"
-    )
+    run.record_test_reading(f"{title}: {len(seeds)} classifiers")
+    scores = train_and_score_classifiers(run, train, seeds, ("val", "test"), title)
     cell = dict(title=title, images=len(train), **more, val=summarize(scores["val"]), test=summarize(scores["test"]))
-    return run.keep(name, cell)
+    return run.save_metrics(name, cell)
 
 
-def score_sampling_config(
-    run: Run, base: BaseModel, data: ImageDataset, point: SamplingConfig, name: str, title: str
-) -> dict:
-    """One cell of Table 1: fresh noise, several classifier seeds.
+def score(run: Run, config: SamplingConfig, name: str) -> dict:
+    """A cell of Table 1, `after_1` ... `after_4`: fresh noise, several classifiers.
 
     The noise is the same for all cells (a paired comparison) and never that of a search.
     """
-    if run.metrics(name).exists():
-        return read_json(run.metrics(name))
-    count = run.settings.search_images
-    made = generate_set(run, base, data, point, count, derive_seed(run.settings.seed, "table 1"), desc=title)
-    seconds = made.seconds(count)
+    if run.metrics_path(name).exists():
+        return read_json(run.metrics_path(name))
+    synthetic_set, title, count = (
+        table_1_set(run, config),
+        name.replace("_", " ").capitalize(),
+        run.settings.search_images,
+    )
+    seconds = synthetic_set.seconds(count)
     return score_training_set(
-        run, made.split(count), data, name, title,
-        point=asdict(point),
-        synthetic=made.folder.name,
-        fingerprint=made.fingerprint(count),
+        run, synthetic_set.split(count), name, title,
+        config=asdict(config),
+        synthetic=synthetic_set.folder.name,
+        fingerprint=synthetic_set.fingerprint(count),
         generation_seconds=round(seconds, 2),
-        seconds_per_image_step=seconds / count / point.num_inference_steps,
+        seconds_per_image_step=seconds / count / config.num_inference_steps,
     )  # fmt: skip
 
 
-def score_scaling(run: Run, base: BaseModel, data: ImageDataset, point: SamplingConfig) -> list[dict]:
-    """Table 2: real, x1 ... x10 of the real training set's size, nested in one pool with its class distribution."""
-    size, most = len(data.train), run.settings.scaling_max
+def table_1_set(run: Run, config: SamplingConfig) -> SyntheticSet:
+    """The synthetic set behind a cell of Table 1."""
+    return generate_set(
+        run, config, run.settings.search_images, derive_seed(run.settings.seed, "table 1"), desc="table 1"
+    )
+
+
+def score_scaling(run: Run, config: SamplingConfig) -> list[dict]:
+    """Table 2: real, then x1 ... x10 of the real training set's size, nested in one pool with its class distribution."""
+    size, largest = len(run.data.train), run.settings.scaling_max
     pool, cells = None, []
-    for k in range(most + 1):
+    for k in range(largest + 1):
         name, title = ("real", "real") if k == 0 else (f"x{k:02d}", f"x{k}")
-        if run.metrics(name).exists():
-            cells.append(read_json(run.metrics(name)))
+        if run.metrics_path(name).exists():
+            cells.append(read_json(run.metrics_path(name)))
             continue
         if k and pool is None:
-            pool = generate_pool(run, base, data, point, most * size)
-        cells.append(score_training_set(run, pool.split(k * size) if k else data.train, data, name, title))
+            pool = generate_pool(run, config, largest * size)
+        cells.append(score_training_set(run, pool.split(k * size) if k else run.data.train, name, title))
     return cells
 
 
-def generate_pool(run: Run, base: BaseModel, data: ImageDataset, point: SamplingConfig, count: int) -> SyntheticSet:
+def generate_pool(run: Run, config: SamplingConfig, count: int) -> SyntheticSet:
     """The first `count` images of the set that Table 2 is filled from."""
-    return generate_set(run, base, data, point, count, pool_seed(run), real_labels(data.train.labels), desc="pool")
+    return generate_set(run, config, count, pool_seed(run), real_labels(run.data.train.labels), desc="pool")
 
 
 def pool_seed(run: Run) -> int:
     return derive_seed(run.settings.seed, "table 2")
 
 
-def scaling_record(run: Run, base: BaseModel, data: ImageDataset, point: SamplingConfig, chosen: dict) -> dict:
-    """What notebook 05 leaves: the chosen size, by which protocol, and where the pool is."""
-    plan = plan_generation(run, base, data, point, pool_seed(run), real_labels(data.train.labels))
+def choose_size(run: Run, cells: Sequence[dict], config: SamplingConfig) -> dict:
+    """The cell of the best synthetic set by the deciding split, saved with the pool's place in `metrics/scaling.json`."""
+    protocol, data = run.settings.protocol, run.data
+    synthetic = [cell for cell in cells if cell["title"] != "real"]
+    chosen = max(synthetic, key=lambda cell: cell[deciding_split(protocol)]["mean"])
+    plan = plan_generation(run, config, pool_seed(run), real_labels(data.train.labels))
     images = run.settings.scaling_max * len(data.train)
-    pool = dict(synthetic=plan.key(), images=images, classes=list(data.class_names), point=asdict(point))
-    return dict(chosen=chosen["title"], protocol=run.settings.protocol, pool=pool)
+    pool = dict(synthetic=plan.key(), images=images, classes=list(data.class_names), config=asdict(config))
+    run.save_metrics("scaling", dict(chosen=chosen["title"], protocol=protocol, pool=pool))
+    return chosen
 
 
-def deciding_split(protocol: str) -> str:
-    """Which real images decide. `sealed`: validation data; `paper`: the test set (METHOD, item 3)."""
-    return {"sealed": "val", "paper": "test"}[protocol]
-
-
-def choose_size(cells: Sequence[dict], protocol: str) -> dict:
-    """The synthetic set to use: best on validation data (sealed), or on the test set (paper)."""
-    split = deciding_split(protocol)
-    return max((cell for cell in cells if cell["title"] != "real"), key=lambda cell: cell[split]["mean"])
-
-
-def load_optimum(run: Run, search: str) -> SamplingConfig:
+def load_optimum(run: Experiment, search: str) -> SamplingConfig:
     """The optimum of a finished search (`search_1` or `search_2`). Raises `BadInput` if it was never run."""
-    return SamplingConfig(**read_json(run.metrics(search), "run its notebook first.")["best"]["point"])
+    return SamplingConfig(**read_json(run.metrics_path(search), "run its notebook first.")["best"]["config"])

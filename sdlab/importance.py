@@ -3,7 +3,7 @@
 A random forest is fitted to the trials. Each of its trees is piecewise constant, so its variance over the whole search
 space splits exactly into main effects, pairwise interactions and higher ones. Optuna's evaluator does the same for main
 effects only, and reads completed trials only. Ours takes any value that every trial has: where trials were pruned that is
-the CAS at the lowest rung (METHOD, item 2). A test compares the main effects with Optuna's.
+the CAS at the lowest rung (docs/method.md, items 2 and 23). A test compares the main effects with Optuna's.
 """
 
 from collections.abc import Mapping, Sequence

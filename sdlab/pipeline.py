@@ -1,4 +1,9 @@
-"""Labels, steps, guidance, seeds -> images: Stable Diffusion conditioned on classes, as a diffusers pipeline."""
+"""Labels, inference steps, guidance, seeds -> images: Stable Diffusion conditioned on classes, as a diffusers pipeline.
+
+Classifier-free guidance (Ho and Salimans 2022; docs/method.md, item 15) is in `__call__`:
+
+    noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_cond - noise_pred_uncond)
+"""
 
 import copy
 import inspect
@@ -13,6 +18,7 @@ from diffusers.utils import BaseOutput
 
 from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.errors import BadInput
+from sdlab.seeds import generator
 
 DECODE_BATCH = 64  # images decoded at once: decoding needs far more memory an image than denoising
 
@@ -25,9 +31,9 @@ class ClassConditionalOutput(BaseOutput):
 
 
 class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
-    """Class-conditional latent diffusion: the Class-Encoder, or its table, in the place of tokenizer and text encoder.
+    """Class-conditional latent diffusion: the Class-Encoder, or its table, replaces tokenizer and text encoder.
 
-    Denoises in the UNet's dtype and decodes in it by autocast. The UNet may be one of `with_projected_conditions`.
+    Denoises in the UNet's dtype and decodes in it by autocast. The UNet may come from `with_projected_conditions`.
     """
 
     model_cpu_offload_seq = "class_encoder->unet->vae"
@@ -63,63 +69,67 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
 
         Args:
             labels: n class indices, 0 ... num_classes - 1.
-            num_inference_steps: IS, at least 1. Exactly so many scheduler steps are made by first-order schedulers.
-            guidance_scale: UGS >= 0 in `uncond + UGS * (cond - uncond)`. 1 is plain conditional and 0 unconditional
-                sampling, one pass each; every other value, those in (0, 1) too, makes both passes in one batch.
-            guidance_start, guidance_stop: guidance acts from this share of the steps on, and until before that one; the
-                other steps are plain conditional (Kynkaanniemi et al. 2024). The paper's are 0 and 1.
-            seeds: n seeds, one an image: an image depends on its own seed, whatever the batch.
+            num_inference_steps: the paper's IS, at least 1. First-order schedulers make exactly this many steps.
+            guidance_scale: the paper's UGS, at least 0. 1 is plain conditional and 0 unconditional sampling, one pass
+                each; every other value, including those in (0, 1), makes both passes in one batch.
+            guidance_start, guidance_stop: shares of the inference steps between which guidance acts; the other steps are
+                plain conditional (Kynkaanniemi et al. 2024). The paper's are 0 and 1.
+            seeds: n seeds, one per image: an image depends on its own seed, whatever the batch.
             latents: (n, channels, h, w) standard normal noise instead of `seeds`. One of the two is needed.
             size: side of the image in pixels; default: the UNet's own `sample_size`.
             output_type: `pil`, `np` (n, h, w, 3 in [0, 1]), `pt` (n, 3, h, w in [-1, 1]) or `latent` (unscaled).
-            after_step: called after each step, for progress.
+            after_step: called after each inference step, for progress.
 
         Raises:
-            BadInput: a label, step count, guidance or its interval outside its range, or neither seeds nor latents.
+            BadInput: a label, a number of steps, a guidance scale or its interval out of range; neither seeds nor latents.
         """
         labels = torch.as_tensor(labels, device=self._execution_device, dtype=torch.long)
         self.check(labels, num_inference_steps, guidance_scale, (guidance_start, guidance_stop), seeds, latents)
         cond, uncond = self.conditions(labels)
         if latents is None:
             latents = self.noise(seeds, size)
-        # The scheduler's own arithmetic stays on the CPU: a step that read a timestep off a GPU would wait for it.
+        # The scheduler's timesteps stay on the CPU: reading one from a GPU would wait for it at every step.
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
         latents = latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
         extra = self.step_generators(seeds)
         first, end = int(guidance_start * len(timesteps)), int(guidance_stop * len(timesteps))
 
-        for step, (timestep, timestep_there) in enumerate(zip(timesteps, timesteps.to(latents.device), strict=True)):
+        for step, (timestep, timestep_on_device) in enumerate(
+            zip(timesteps, timesteps.to(latents.device), strict=True)
+        ):
             scale = guidance_scale if first <= step < end else 1
             if scale in (0, 1):
                 condition = cond if scale == 1 else uncond
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                noise_pred = self.unet(model_input, timestep_there, condition).sample
+                noise_pred = self.unet(model_input, timestep_on_device, condition).sample
             else:
                 model_input = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-                noise_pred = self.unet(model_input, timestep_there, torch.cat([uncond, cond])).sample
+                noise_pred = self.unet(model_input, timestep_on_device, torch.cat([uncond, cond])).sample
                 noise_pred_uncond, noise_pred_cond = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + scale * (noise_pred_cond - noise_pred_uncond)
             latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
             if after_step:
                 after_step()
 
-        images = latents
-        if output_type != "latent":
-            scaled = latents.float() / self.vae.config.scaling_factor
-            half = self.unet.dtype != torch.float32
-            with torch.autocast(scaled.device.type, self.unet.dtype, enabled=half):
-                images = torch.cat([self.vae.decode(part).sample.float() for part in scaled.split(DECODE_BATCH)])
+        images = latents if output_type == "latent" else self.decode(latents)
         if output_type in ("pil", "np"):
             images = self.image_processor.postprocess(images, output_type=output_type)
         return ClassConditionalOutput(images) if return_dict else (images,)
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (n, channels, h, w) -> images (n, 3, height, width) in [-1, 1], float32."""
+        latents = latents.float() / self.vae.config.scaling_factor
+        half = self.unet.dtype != torch.float32
+        with torch.autocast(latents.device.type, self.unet.dtype, enabled=half):
+            return torch.cat([self.vae.decode(part).sample.float() for part in latents.split(DECODE_BATCH)])
+
     def copy_for_thread(self) -> "ClassConditionalStableDiffusionPipeline":
-        """The same models with a scheduler of their own, which counts steps: for one of several threads."""
+        """The same models with a scheduler of its own, which counts steps: for one of several threads."""
         return type(self)(self.vae, self.unet, self.class_encoder, copy.deepcopy(self.scheduler))
 
     def conditions(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the UNet is told of each image: its condition, and the null condition, as it takes them."""
+        """The condition of each image and the null condition, in the form that the UNet takes."""
         if getattr(self.unet, "takes_rows", False):
             cond = labels.view(-1, 1, 1)
             return cond, torch.full_like(cond, self.class_encoder.config.num_classes)
@@ -127,7 +137,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         return table[labels], table[-1:].expand(len(labels), -1, -1)
 
     def check(self, labels, num_inference_steps, guidance_scale, interval, seeds, latents) -> None:
-        """Raises `BadInput`: found, allowed."""
+        """Raises `BadInput`."""
         classes = self.class_encoder.config.num_classes
         if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= classes:
             raise BadInput(
@@ -153,14 +163,10 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         """Initial noise (n, channels, h, w), image i from seed i, drawn on the CPU: the same on every device."""
         side = size // self.vae_scale_factor if size else self.unet.config.sample_size
         shape = (self.unet.config.in_channels, side, side)
-        return torch.stack([torch.randn(shape, generator=seeded(seed)) for seed in seeds])
+        return torch.stack([torch.randn(shape, generator=generator(seed)) for seed in seeds])
 
     def step_generators(self, seeds: Sequence[int] | None) -> dict:
-        """Ancestral and SDE schedulers draw noise at each step: from a stream of its own for every image."""
+        """Ancestral and SDE schedulers draw noise at each step: every image has a stream of its own."""
         if seeds is None or "generator" not in inspect.signature(self.scheduler.step).parameters:
             return {}
-        return {"generator": [seeded(int(seed) ^ 0x5DEECE66D) for seed in seeds]}
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(seed))
+        return {"generator": [generator(int(seed) ^ 0x5DEECE66D) for seed in seeds]}

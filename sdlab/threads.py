@@ -1,7 +1,7 @@
-"""Several pieces of work at a time on a CPU, each with its share of torch's threads.
+"""Several tasks at a time on a CPU, each with its share of torch's threads.
 
-Small networks' operations are too short to be divided among threads: two images' batches in a thread each are faster
-than both in two threads.
+The operations of small networks are too short to be divided among threads: two batches in one thread each are faster
+than one after the other in two threads.
 """
 
 import threading
@@ -11,48 +11,41 @@ from typing import Any
 
 import torch
 
-from sdlab.runs.files import sha256_of_json
 
+def map_in_threads(task: Callable[[Any, Callable[[], None]], Any], items: Sequence, workers: int) -> list:
+    """`[task(item, check_cancelled) for item in items]`, up to `workers` at a time; each has threads // workers of torch's.
 
-def map_in_threads(work: Callable[[Any, Callable[[], None]], Any], items: Sequence, workers: int) -> list:
-    """`[work(item, go_on) for item in items]`, up to `workers` at a time; each has threads // workers of torch's.
-
-    `work` calls `go_on` now and then: it raises once another has failed or was interrupted, so that all end soon.
+    A task calls `check_cancelled` now and then: it raises once another task failed or was interrupted, so all end soon.
     """
-    stopped, failures = threading.Event(), []
+    cancelled, failures = threading.Event(), []
 
-    def go_on() -> None:
-        if stopped.is_set():
+    def check_cancelled() -> None:
+        if cancelled.is_set():
             raise CancelledError
 
-    def one(item):
-        go_on()
+    def run_task(item):
+        check_cancelled()
         try:
-            return work(item, go_on)
+            return task(item, check_cancelled)
         except BaseException as error:
-            if not stopped.is_set():
+            if not cancelled.is_set():
                 failures.append(error)
-            stopped.set()
+            cancelled.set()
             raise
 
     if workers == 1:
-        return [work(item, go_on) for item in items]
+        return [task(item, check_cancelled) for item in items]
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads // workers)  # what the pool's threads begin with
+    torch.set_num_threads(threads // workers)  # the pool's threads start with this number
     try:
         with ThreadPoolExecutor(workers) as pool:
             try:
-                return list(pool.map(one, items))
-            except BaseException as error:  # an interrupt, too
-                stopped.set()
+                return list(pool.map(run_task, items))
+            except BaseException as error:  # including an interrupt
+                cancelled.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 if isinstance(error, CancelledError) and failures:
-                    raise failures[0] from None  # what ended it, not that it was ended
+                    raise failures[0] from None  # the cause, not the cancellation it led to
                 raise
     finally:
         torch.set_num_threads(threads)
-
-
-def derive_seed(*parts: int | str) -> int:
-    """One seed (63 bits) from several numbers and words; streams with different parts are independent."""
-    return int(sha256_of_json(parts)[:16], 16) >> 1

@@ -139,7 +139,7 @@ def test_steps_are_split_evenly():
 def test_a_lost_class_shows_beside_the_accuracy(settings, data):
     """No training image of one class: its recall is 0, which the summary keeps although the accuracy looks fair."""
     keep = data.train.labels != 2
-    recipe = dataclasses.replace(settings, classifier_steps=60, classifier_epochs=6, classifier_filters=8)
+    recipe = dataclasses.replace(settings, classifier_train_steps=60, classifier_epochs=6, classifier_filters=8)
     scores = train_and_score_classifiers(
         Split(data.train.images[keep], data.train.labels[keep]), data, recipe, [0, 1], ["test"]
     )
@@ -150,7 +150,7 @@ def test_a_lost_class_shows_beside_the_accuracy(settings, data):
 
 @pytest.fixture
 def small(settings):
-    return dataclasses.replace(settings, classifier_steps=8, classifier_epochs=4, classifier_filters=8)
+    return dataclasses.replace(settings, classifier_train_steps=8, classifier_epochs=4, classifier_filters=8)
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from test_base_models import saved_as
 
 from sdlab.data import datasets
 from sdlab.data.datasets import dataset_facts
+from sdlab.paths import PARAMS, PROJECT_ROOT
 from sdlab.report.paper import DATASETS
 from sdlab.runs.files import read_json
 from sdlab.runs.records import STAGES, stage_state
-from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 from sdlab.tools.planning import workload
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -84,7 +85,10 @@ def check_plan(settings: Settings, training_images: int) -> None:
         scored_anew = settings.search_images * len(found["finalists"])
         assert most[number].images == found["images"]["without_pruning"] + scored_anew + settings.search_images
         rungs = sum(len(trial["intermediate"]) for trial in found["trials"])
-        assert most[number].searched_images >= rungs * settings.search_classifier_seeds * settings.classifier_steps * 32
+        assert (
+            most[number].searched_images
+            >= rungs * settings.search_classifier_seeds * settings.classifier_train_steps * 32
+        )
 
 
 def test_a_folder_of_your_own_runs_all_notebooks(tmp_path, base_folder):

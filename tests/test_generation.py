@@ -19,7 +19,7 @@ from sdlab.generation import (
     uniform_labels,
 )
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
-from sdlab.threads import derive_seed
+from sdlab.seeds import derive_seed
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from conftest import BIN, ENVIRONMENT, command
 
+from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.locks import Lock
 from sdlab.runs.records import STAGES, stage_state
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 
 
 def settings_of(world) -> Settings:

@@ -16,7 +16,8 @@ from sdlab.data.datasets import known_names, load_dataset
 from sdlab.data.images import DatasetFacts
 from sdlab.data.official import cifar, fetch, medmnist, medmnist_facts, medmnist_table
 from sdlab.errors import BadInput
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.paths import PROJECT_ROOT
+from sdlab.settings import Settings
 
 SHARED = PROJECT_ROOT.parent / "shared" / "data"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdlab.paths import PROJECT_ROOT
 from sdlab.report import paper
 from sdlab.report.tables import paper_gains
-from sdlab.settings import PROJECT_ROOT
 
 REFERENCE = Path(__file__).parent / "reference"  # as read from the paper and the authors' repositories
 SHARED = PROJECT_ROOT.parent / "shared" / "reference"

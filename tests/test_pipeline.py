@@ -12,8 +12,8 @@ import torch
 from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder, with_projected_conditions
 from sdlab.errors import BadInput
+from sdlab.paths import PROJECT_ROOT
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
-from sdlab.settings import PROJECT_ROOT
 
 REFERENCE = PROJECT_ROOT / ".venv" / "reference"
 

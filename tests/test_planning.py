@@ -14,10 +14,11 @@ from sdlab.base_models import load_base_model, load_without_weights
 from sdlab.data.datasets import dataset_facts
 from sdlab.data.images import DatasetFacts
 from sdlab.errors import BadInput
+from sdlab.paths import PARAMS
 from sdlab.report.costs import format_hours, measured_costs, plan_sentences, plan_table
 from sdlab.report.paper import DATASETS
 from sdlab.runs.files import write_hashed_json, write_json
-from sdlab.settings import PARAMS, Settings
+from sdlab.settings import Settings
 from sdlab.tools import planning
 from sdlab.tools.measuring import measure
 from sdlab.tools.planning import Work, make_plan, simulate_pruning, warnings, workload
@@ -34,7 +35,7 @@ def test_counts_are_those_of_the_notebooks(settings):
     assert found["02"].images == 40 + s.search_1_trials * 40 and found["04"].images == 40 + s.search_2_trials * 40
     assert found["02"].passes == (40 + s.search_1_trials * 40) * 2 * 2.5  # IS 2 or 3: 2.5 on average
     assert found["05"].images == 96
-    per_classifier = s.classifier_steps * s.classifier_batch_size
+    per_classifier = s.classifier_train_steps * s.classifier_batch_size
     assert found["01"].classifier_images == found["02"].classifier_images == s.classifier_seeds * per_classifier
     assert found["02"].searched_images == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
     assert found["05"].classifier_images == 3 * s.classifier_seeds * per_classifier  # real, x1, x2

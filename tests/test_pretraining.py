@@ -6,7 +6,7 @@ import click
 import pytest
 import torch
 
-from sdlab.settings import PROJECT_ROOT
+from sdlab.paths import PROJECT_ROOT
 
 sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
 import pretrain_tiny as script

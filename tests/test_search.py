@@ -14,74 +14,90 @@ from sdlab import search as search_module
 from sdlab.classifier import Score
 from sdlab.data.images import Split
 from sdlab.errors import BadInput
-from sdlab.generation import SamplingConfig
 from sdlab.runs import studies
 from sdlab.runs.files import file_lock
 from sdlab.runs.records import STAGES, StageState
 from sdlab.runs.run import Run
-from sdlab.runs.studies import SearchSpace, open_study
-from sdlab.search import final_search_space, first_search_space, run_search
+from sdlab.runs.storage import storage_url
+from sdlab.runs.studies import claim_trial, open_study, rename_study
+from sdlab.sampling import SamplingConfig
+from sdlab.search import Search, SearchSpace, final_search_space, first_search_space, new_pruner, run_search
 
-RANGES = SearchSpace((5, 50), (0.0, 7.5), (1, 10))
+
+def space(steps=(5, 50), guidance=(0.0, 7.5), epoch=(1, 10)) -> SearchSpace:
+    return SearchSpace(num_inference_steps=steps, guidance_scale=guidance, epoch=epoch)
+
+
+def config(steps, guidance, encoder_epoch, unet_epoch=0) -> SamplingConfig:
+    return SamplingConfig(
+        num_inference_steps=steps, guidance_scale=guidance, class_encoder_epoch=encoder_epoch, unet_epoch=unet_epoch
+    )
+
+
+def a_search(name="search_1", trials=24, unet_epoch=0, known=None, **ranges) -> Search:
+    def config_of(*, num_inference_steps, guidance_scale, epoch):
+        return config(num_inference_steps, guidance_scale, epoch, unet_epoch)
+
+    return Search(name=name, space=space(**ranges), trials=trials, config_of=config_of, known=known)
 
 
 class FakeSet:
-    """A synthetic set that costs nothing; it remembers its operating point."""
+    """A synthetic set that costs nothing; it remembers its config."""
 
-    def __init__(self, point, log):
-        self.point, self.log, self.folder = point, log, type("Folder", (), {"name": "abc"})
+    def __init__(self, config, log):
+        self.config, self.log, self.folder = config, log, type("Folder", (), {"name": "abc"})
 
     def split(self, count):
         made = Split(np.zeros((count, 3, 8, 8), np.uint8), np.arange(count) % 3)
-        self.log.append((self.point, count))
-        object.__setattr__(made, "point", self.point)
+        self.log.append((self.config, count))
+        object.__setattr__(made, "config", self.config)
         return made
 
     def seconds(self, count):
         return 0.01 * count
 
 
-def cas(point: SamplingConfig, count: int) -> float:
+def cas(config: SamplingConfig, count: int) -> float:
     """Best at UGS 2, a little better with more images."""
-    return 0.9 - 0.05 * abs(point.guidance_scale - 2) + 0.0001 * count + 0.0001 * point.class_encoder_epoch
+    return 0.9 - 0.05 * abs(config.guidance_scale - 2) + 0.0001 * count + 0.0001 * config.class_encoder_epoch
 
 
 @pytest.fixture
 def world(settings, monkeypatch):
-    """Settings, a run whose upstream is taken as done, and a log of (point, images) as they are made and (split,) as scored."""
+    """Settings, a run whose upstream is taken as done, and a log of (config, images) as they are made and (split,) as scored."""
     settings = dataclasses.replace(settings, search_1_trials=24, search_images=400, search_first_images=100, search_reduction_factor=4,
                                    search_startup_trials=4, search_finalists=1)  # fmt: skip
     monkeypatch.setattr("sdlab.runs.records.stage_state", lambda s, n: StageState("not run"))
     monkeypatch.setitem(STAGES, "02", dataclasses.replace(STAGES["02"], upstream=()))
     log = dict(made=[], scored=[], stop_after=None, stop_in_sheet=None)
 
-    def sheet(split, path):
+    def save_image_grid(images, path):
         if log["stop_in_sheet"] is not None and len(log["scored"]) >= log["stop_in_sheet"]:
             raise KeyboardInterrupt
-        return draw(split, path)
+        return draw(images, path)
 
-    draw = search_module.sheet
-    monkeypatch.setattr(search_module, "save_image_grid", sheet)
+    draw = search_module.save_image_grid
+    monkeypatch.setattr(search_module, "save_image_grid", save_image_grid)
 
-    def make_set(run, base, data, point, count, seed, desc):
+    def generate_set(run, config, count, seed, desc):
         if log["stop_after"] is not None and len(log["scored"]) >= log["stop_after"]:
             raise KeyboardInterrupt
-        return FakeSet(point, log["made"])
+        return FakeSet(config, log["made"])
 
-    def judge(train, data, settings, seeds, splits, progress, desc, searching, kept):
+    def score(run, train, seeds, splits, desc, searching):
         log["scored"].append(tuple(splits))
-        value = cas(train.point, len(train))
+        value = cas(train.config, len(train))
         return {name: [Score(value, 1.0, value, (value,) * 3, 30)] for name in splits}
 
-    monkeypatch.setattr(search_module, "generate_set", make_set)
-    monkeypatch.setattr(search_module, "train_and_score_classifiers", judge)
+    monkeypatch.setattr(search_module, "generate_set", generate_set)
+    monkeypatch.setattr(search_module, "train_and_score_classifiers", score)
     return settings, log
 
 
 def searched(settings, data, trials=24):
     run = Run(settings, "02_first_search")
     try:
-        return run_search(run, None, data, "search_1", RANGES, trials, lambda e, s, g: SamplingConfig(e, 0, s, g)), run
+        return run_search(run, a_search(trials=trials)), run
     finally:
         run.lock.release()
 
@@ -91,7 +107,7 @@ def test_pruning_really_prunes_and_the_best_is_found(world, data):
     found, _ = searched(settings, data)
     assert found["counts"]["trials"] == 24 and found["counts"]["pruned"] >= 5 and found["counts"]["complete"] >= 3
     assert found["images"]["generated"] < found["images"]["without_pruning"] == 24 * 400
-    assert abs(found["best"]["point"]["guidance_scale"] - 2) < 1.0
+    assert abs(found["best"]["config"]["guidance_scale"] - 2) < 1.0
     assert found["best"]["value"] == max(t["value"] for t in found["trials"] if t["state"] == "complete")
     pruned = [t for t in found["trials"] if t["state"] == "pruned"]
     assert all(list(t["intermediate"]) == ["100"] for t in pruned)
@@ -194,7 +210,10 @@ def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
             r"searches.db cannot be written \(Read-only",
         ),
         (sqlite3.OperationalError("disk I/O error"), r"searches.db cannot be written \(Input/output error\)"),
-        (sqlite3.OperationalError("server closed the connection"), "failed .*server closed.*: when it is there again"),
+        (
+            sqlite3.OperationalError("server closed the connection"),
+            "failed .*server closed.*: when it is available again",
+        ),
     ],
 )
 def test_a_storage_that_fails_on_the_way_is_one_sentence(world, data, monkeypatch, error, said):
@@ -225,12 +244,12 @@ def test_which_split_decides(world, data, protocol, split):
 def test_what_a_trial_saw_is_kept_for_the_dashboard(world, data):
     settings, _ = world
     _, run = searched(settings, data, 3)
-    study = open_study(settings, "search_1")
+    study = open_study(settings, "search_1", new_pruner(settings))
     assert isinstance(study.pruner, optuna.pruners.SuccessiveHalvingPruner) and study.direction.name == "MAXIMIZE"
     for trial in study.trials:
         assert {
             "generation_seconds",
-            "point",
+            "config",
             "split",
             "images",
             "balanced_accuracy",
@@ -260,7 +279,7 @@ def test_a_storage_that_cannot_be_opened_is_refused_before_anything_long(
     """By the search, and by any notebook up to it."""
     monkeypatch.setitem(sys.modules, "psycopg", None)  # as where the extra is not installed
     with pytest.raises(BadInput, match=sentence):
-        open_study(dataclasses.replace(world[0], storage=storage), "search_1")
+        open_study(dataclasses.replace(world[0], storage=storage), "search_1", None)
     with pytest.raises(BadInput, match=sentence):
         Run(dataclasses.replace(settings, experiment="other", storage=storage), "00_data_and_base_model", data)
     assert not (settings.run_folder.parent / "other").exists()
@@ -270,10 +289,10 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
     """Scored again, the trial that won by luck falls behind the second."""
     settings, _ = world
     settings = dataclasses.replace(settings, search_finalists=3, classifier_seeds=2)
-    honest, lucky = search_module.judge, []
+    honest, lucky = search_module.train_and_score_classifiers, []
 
-    def judge(train, data, settings, seeds, splits, progress, desc, searching, kept):
-        scored = honest(train, data, settings, seeds, splits, progress, desc, searching, kept)
+    def score(run, train, seeds, splits, desc, searching):
+        scored = honest(run, train, seeds, splits, desc, searching)
         if desc == f"finalist {lucky[0] if lucky else ''}" or (desc.startswith("finalist") and not lucky):
             lucky[:] = lucky or [int(desc.split()[1])]
             scored = {
@@ -281,7 +300,7 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
             }
         return {name: of * len(seeds) for name, of in scored.items()}
 
-    monkeypatch.setattr(search_module, "train_and_score_classifiers", judge)
+    monkeypatch.setattr(search_module, "train_and_score_classifiers", score)
     found, _ = searched(settings, data)
     assert len(found["finalists"]) == 3 and found["best"] == found["finalists"][0]
     best_value = max(t["value"] for t in found["trials"] if t["state"] == "complete")
@@ -289,14 +308,14 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
     assert len(found["best"]["again"]["accuracy"]) == 2
 
 
-def test_a_known_point_is_a_finalist_and_can_win(world, data):
+def test_a_known_config_is_a_finalist_and_can_win(world, data):
     """Where the trials found nothing as good as what the steps before arrived at."""
     settings = dataclasses.replace(world[0], search_finalists=2, classifier_seeds=2)
-    known, run = SamplingConfig(50, 16, 8, 2.0), Run(settings, "02_first_search")
-    far = SearchSpace((5, 50), (5.0, 7.5), (1, 10))  # away from UGS 2, where the best is
-    found = run_search(run, None, data, "search_2", far, 5, lambda e, s, g: SamplingConfig(e, 1, s, g), known)
+    known, run = config(8, 2.0, 50, 16), Run(settings, "02_first_search")
+    far = (5.0, 7.5)  # away from UGS 2, where the best is
+    found = run_search(run, a_search("search_2", 5, unet_epoch=1, known=known, guidance=far))
     run.lock.release()
-    assert found["best"]["number"] == "known" and found["best"]["point"] == dataclasses.asdict(known)
+    assert found["best"]["number"] == "known" and found["best"]["config"] == dataclasses.asdict(known)
     assert len(found["finalists"]) == 3
 
 
@@ -306,34 +325,26 @@ def test_all_trials_use_the_same_noise(world, data, monkeypatch):
     monkeypatch.setattr(
         search_module,
         "generate_set",
-        lambda run, base, data, point, count, seed, desc: (
-            seeds.append(seed) or make(run, base, data, point, count, seed, desc)
-        ),
+        lambda run, config, count, seed, desc: seeds.append(seed) or make(run, config, count, seed, desc),
     )
     searched(world[0], data, 4)
     assert len(set(seeds)) == 1
 
 
 def test_ranges_of_both_searches(settings):
-    s = dataclasses.replace(settings, search_min_steps=5, search_max_steps=50, class_encoder_epochs=50, unet_epochs=10)
-    assert first_search_space(s) == SearchSpace((5, 50), (0.0, 7.5), (1, 50))
-    assert final_search_space(s, SamplingConfig(30, 0, 31, 1.75)) == SearchSpace((5, 31), (0.0, 3.5), (1, 10))
-    assert final_search_space(s, SamplingConfig(30, 0, 5, 0.0)) == SearchSpace((5, 5), (0.0, 0.0), (1, 10))
+    s = dataclasses.replace(
+        settings, search_min_inference_steps=5, search_max_inference_steps=50, class_encoder_epochs=50, unet_epochs=10
+    )
+    assert first_search_space(s) == space((5, 50), (0.0, 7.5), (1, 50))
+    assert final_search_space(s, config(31, 1.75, 30)) == space((5, 31), (0.0, 3.5), (1, 10))
+    assert final_search_space(s, config(5, 0.0, 30)) == space((5, 5), (0.0, 0.0), (1, 10))
 
 
 def test_degenerate_ranges_are_searched(world, data):
     """IS* = 5 and UGS* = 0 leave one value each: only the epoch varies."""
     settings, _ = world
     run = Run(settings, "02_first_search")
-    found = run_search(
-        run,
-        None,
-        data,
-        "search_2",
-        SearchSpace((5, 5), (0.0, 0.0), (1, 10)),
-        6,
-        lambda e, s, g: SamplingConfig(e, 0, s, g),
-    )
+    found = run_search(run, a_search("search_2", 6, steps=(5, 5), guidance=(0.0, 0.0)))
     assert {(t["params"]["num_inference_steps"], t["params"]["guidance_scale"]) for t in found["trials"]} == {(5, 0.0)}
     run.lock.release()
 
@@ -361,7 +372,10 @@ def test_a_trial_that_was_told_meanwhile_is_not_taken(world, data, monkeypatch):
     """Its process tells it and lets it go between the look at all trials and the lock of this one."""
     settings, _ = world
     run = Run(settings, "02_first_search")
-    study, other = open_study(settings, "search_1"), open_study(settings, "search_1")
+    study, other = (
+        open_study(settings, "search_1", new_pruner(settings)),
+        open_study(settings, "search_1", new_pruner(settings)),
+    )
     study.ask()
 
     def told_meanwhile(path, wait=True):
@@ -371,14 +385,14 @@ def test_a_trial_that_was_told_meanwhile_is_not_taken(world, data, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(studies, "file_lock", told_meanwhile)
-        with search_module.claim_trial(run, study, 1) as trial:
+        with claim_trial(run.folder, study, 1) as trial:
             assert trial is None
-    with search_module.claim_trial(run, study, 2) as trial:
+    with claim_trial(run.folder, study, 2) as trial:
         assert trial.number == 1
-        with pytest.raises(BadInput, match=r"at a trial of smoke-search_1 .*nothing was done"):
-            search_module.rename_study(settings, "search_1", "aside")
-    search_module.rename_study(settings, "search_1", "aside")
-    assert optuna.study.get_all_study_names(settings.storage_url) == ["smoke-search_1 (aside)"]
+        with pytest.raises(BadInput, match=r"runs a trial of smoke-search_1 .*nothing was changed"):
+            rename_study(settings, "search_1", "aside")
+    rename_study(settings, "search_1", "aside")
+    assert optuna.study.get_all_study_names(storage_url(settings)) == ["smoke-search_1 (aside)"]
     run.lock.release()
 
 
@@ -387,3 +401,13 @@ def test_a_finished_search_is_loaded(world, data):
     first, _ = searched(settings, data, 3)
     count = len(log["scored"])
     assert searched(settings, data, 3)[0] == first and len(log["scored"]) == count
+
+
+def test_a_finished_search_is_extended(world, data, tmp_path):
+    """More trials than a finished search has: the same as if it had had so many from the start."""
+    settings, _ = world
+    whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, 6)
+    searched(settings, data, 4)
+    extended, _ = searched(settings, data, 6)
+    strip = lambda found: [{k: v for k, v in t.items() if k != "trial_seconds"} for t in found["trials"]]  # noqa: E731
+    assert strip(extended) == strip(whole) and extended["best"] == whole["best"]

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from sdlab.errors import BadInput
-from sdlab.parameters import assigned_names, read_parameters
-from sdlab.settings import PARAMS, Settings
+from sdlab.paths import PARAMS
+from sdlab.runs.parameters import assigned_names, read_parameters
+from sdlab.settings import Settings
 
 GIVEN = {"experiment": "x", "dataset": "digits"}
 
@@ -18,7 +19,13 @@ def test_defaults_are_the_papers():
     assert (s.unet_epochs, s.unet_batch_size, s.unet_learning_rate) == (10, 16, 1e-5)
     assert (s.weight_decay, s.max_grad_norm) == (4e-3, 10.0)
     assert (s.default_num_inference_steps, s.default_guidance_scale) == (50, 7.5)
-    assert (s.search_1_trials, s.search_images, s.search_min_steps, s.search_max_steps, s.search_max_guidance) == (
+    assert (
+        s.search_1_trials,
+        s.search_images,
+        s.search_min_inference_steps,
+        s.search_max_inference_steps,
+        s.search_max_guidance_scale,
+    ) == (
         50,
         4000,
         5,
@@ -40,32 +47,31 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"serch_1_trials": 3}, "did you mean `search_1_trials`"),
+        ({"serch_1_trials": 3}, "Did you mean `search_1_trials`"),
         ({"zzz": 3}, "not a setting"),
-        ({"unet_learning_rate": "1e-4"}, "YAML takes an exponent only after a point"),
+        ({"unet_learning_rate": "1e-4"}, "YAML reads an exponent only after a point"),
         ({"unet_epochs": 2.5}, "whole number"),
         ({"unet_epochs": True}, "whole number"),
         ({"compile_unet": 1}, "true or false"),
         ({"compile_unet": "yes"}, "true or false"),
         ({"guidance_start": 0.8, "guidance_stop": 0.2}, "guidance acts between them"),
-        ({"benchmark_parts": "judge speed"}, "some of `generation class_encoder"),
-        ({"benchmark_parts": ""}, "some of `generation class_encoder"),
+        ({"search_min_steps": 3}, "it is called `search_min_inference_steps` now"),
         ({"guidance_stop": 1.2}, "0.0 to 1.0"),
         ({"weight_decay": float("nan")}, "finite"),
         ({"weight_decay": None}, "a number"),
         ({"default_guidance_scale": -0.1}, "allowed is 0.0 to"),
         ({"default_num_inference_steps": 0}, "allowed is 1 to 999"),
-        ({"search_min_steps": 0}, "allowed is 1 to 999"),
-        ({"search_min_steps": 60}, "more than `search_max_steps`"),
+        ({"search_min_inference_steps": 0}, "allowed is 1 to 999"),
+        ({"search_min_inference_steps": 60}, "more than `search_max_inference_steps`"),
         ({"search_1_max_epoch": 51}, "epochs 1 to 50"),
         ({"search_2_min_epoch": 11}, "epochs 1 to 10"),
         ({"search_first_images": 5000}, "more than `search_images`"),
-        ({"protocol": "seald"}, "Did you mean 'sealed'"),
+        ({"protocol": "seald"}, "Did you mean `sealed`"),
         ({"search_pruner": "median"}, "allowed are"),
         ({"experiment": "../x"}, "names a folder"),
         ({"experiment": "a:b"}, "names a folder"),
         ({"search_first_images": 300}, "no multiple of `shard_size`"),
-        ({"classifier_steps": 50}, "fewer than the 100 checks"),
+        ({"classifier_train_steps": 50}, "fewer than the 100 validations"),
         ({"seed": -1}, "allowed is 0 to"),
     ],
 )
@@ -101,7 +107,7 @@ def test_a_copied_file_has_to_change_its_name(tmp_path, monkeypatch):
 
 
 def test_whole_numbers_are_fine_where_numbers_are_asked():
-    assert Settings.from_mapping(GIVEN | {"search_max_guidance": 7}).search_max_guidance == 7.0
+    assert Settings.from_mapping(GIVEN | {"search_max_guidance_scale": 7}).search_max_guidance_scale == 7.0
 
 
 def test_a_notebooks_parameters_are_laid_on_top_of_its_file():
@@ -133,12 +139,12 @@ def test_injected_parameters_have_to_name_their_experiment():
 def test_a_misspelt_injected_parameter_is_refused():
     """papermill itself only warns."""
     cells = ["", 'experiment = "digits"', '# Parameters\nexperiment = "digits"\nunet_epoch = 3\n']
-    with pytest.raises(BadInput, match="did you mean `unet_epochs`"):
+    with pytest.raises(BadInput, match="Did you mean `unet_epochs`"):
         Settings.from_notebook({"In": cells, "experiment": "digits", "unet_epoch": 3})
 
 
 def test_an_unknown_experiment_is_refused_with_the_known_ones():
-    with pytest.raises(BadInput, match="did you mean `digits`"):
+    with pytest.raises(BadInput, match="Did you mean `digits`"):
         Settings.from_notebook({"In": ["", 'experiment = "digit"'], "experiment": "digit"})
 
 
@@ -147,7 +153,7 @@ def test_assigned_names_takes_plain_values_only():
     assert assigned_names("a = f(1)") == assigned_names("a = 1\nprint(a)") == assigned_names("%matplotlib inline") == []
 
 
-def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
+def test_every_setting_says_what_it_is_and_which_stages_depend_on_it():
     free = {
         "experiment",
         "runs_root",
@@ -158,13 +164,10 @@ def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
         "resume_minutes",
         "compile_unet",
         "data_root",
-        "benchmark_images",
-        "benchmark_parts",
-        "benchmark_repetitions",
     }
     for f in dataclasses.fields(Settings):
         assert f.metadata["text"]
-        assert bool(f.metadata["steps"]) != (f.name in free), f.name
+        assert bool(f.metadata["stages"]) != (f.name in free), f.name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import longer_studies, table_of, table_text
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.paths import PROJECT_ROOT
+from sdlab.settings import Settings
 
 SCRIPTS = PROJECT_ROOT / "scripts"
 

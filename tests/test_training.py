@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import shut_to_this_process
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
@@ -20,7 +18,8 @@ from sdlab.errors import BadInput
 from sdlab.latents import Moments, encode_images
 from sdlab.runs.checkpoints import half_precision_copy, load_checkpoint, save_checkpoint
 from sdlab.runs.resume import TrainingPosition
-from sdlab.training import TrainingPlan, cosine, fine_tune_unet, noise_loss, train
+from sdlab.runs.run import Experiment
+from sdlab.training import TrainingPlan, cosine, fine_tune_unet, predict, prediction_target, train
 
 
 class Killed(Exception):
@@ -79,7 +78,7 @@ def moments(base):
 
 def fit(base, moments, folder, the_plan, **more):
     encoder = new_encoder(base)
-    history = train(the_plan, base, encoder, moments, np.arange(48) % 3, folder, **more)
+    history = list(train(the_plan, base, encoder, moments, np.arange(48) % 3, folder, **more))
     return encoder, history
 
 
@@ -109,7 +108,7 @@ def test_same_bytes_after_a_kill(settings, moments, tmp_path, part, step, resume
     )  # steps made again: of an epoch, or one
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert len(whole) == 3 * 2 + 1 and whole == cut
-    assert [(e["epoch"], e["loss"]) for e in history] == [(e["epoch"], e["loss"]) for e in uncut]
+    assert [(e.epoch, e.loss) for e in history] == [(e.epoch, e.loss) for e in uncut]
 
 
 def test_a_state_inside_an_epoch_can_be_cut_again(settings, moments, tmp_path):
@@ -150,7 +149,7 @@ def test_killed_before_its_last_checkpoint_history_or_state(
         fit(load_base_model(settings), moments, tmp_path / "cut", plan(), resume_seconds=resume_seconds)
     _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan())
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
-    assert [(e["epoch"], e["loss"]) for e in history] == [(e["epoch"], e["loss"]) for e in uncut]
+    assert [(e.epoch, e.loss) for e in history] == [(e.epoch, e.loss) for e in uncut]
 
 
 @pytest.mark.parametrize("part", ["class_encoder", "unet"])
@@ -167,14 +166,13 @@ def test_two_threads_repeat_the_same_bytes(settings, moments, tmp_path, part):
 
 def test_fine_tuning_leaves_the_base_model_as_it_is(settings, base, data):
     """A notebook's cell can be interrupted and run again: it starts from the base model, not from what it left of it."""
-    run = SimpleNamespace(
-        settings=dataclasses.replace(settings, unet_epochs=1), folder=settings.run_folder, progress=DiesAt(1)
-    )
+    run = Experiment(dataclasses.replace(settings, unet_epochs=1), data, base)
+    run.progress = DiesAt(1)
     save_checkpoint(new_encoder(base), run.folder / "class_encoder" / "epoch_01")
     before = {k: v.clone() for k, v in base.unet.state_dict().items()}
     moments = Moments(torch.randn(48, 4, 4, 4), torch.full((48, 4, 4, 4), 0.1), 0.5)
     with pytest.raises(Killed):
-        fine_tune_unet(run, base, data, moments, 1)
+        list(fine_tune_unet(run, moments, 1))
     assert all(torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
 
 
@@ -194,7 +192,7 @@ def test_training_lowers_the_loss(base, tmp_path):
     means = torch.randn(3, 4, 4, 4, generator=generator) * 2
     moments = Moments(means[torch.arange(48) % 3], torch.full((48, 4, 4, 4), 0.01), 0.5)
     _, history = fit(base, moments, tmp_path, plan("unet", epochs=25, learning_rate=3e-3))
-    assert np.mean([h["loss"] for h in history[-5:]]) < 0.8 * history[0]["loss"]
+    assert np.mean([h.loss for h in history[-5:]]) < 0.8 * history[0].loss
 
 
 def test_a_finished_training_is_loaded_not_repeated(base, moments, tmp_path):
@@ -332,7 +330,7 @@ def test_half_precision_trains_float32_weights_and_resumes_to_the_same_bytes(
     kept = load_file(tmp_path / "whole" / "resume.safetensors")
     assert {v.dtype for v in kept.values()} == {torch.float32}
     _, exact = fit(load_base_model(settings), moments, tmp_path / "float32", plan(part))
-    assert history[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02) and history != exact
+    assert history[-1].loss == pytest.approx(exact[-1].loss, rel=0.02) and history != exact
 
 
 def test_epsilon_and_v_targets(settings, v_base_folder):
@@ -348,8 +346,9 @@ def test_epsilon_and_v_targets(settings, v_base_folder):
         target = noise if base.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
         with torch.no_grad():
             predicted = base.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, states).sample
-            found = noise_loss(base, scheduler, latents, noise, timesteps, states)
-        torch.testing.assert_close(found, F.mse_loss(predicted, target))
+            noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+            torch.testing.assert_close(predict(base, noisy_latents, timesteps, states), predicted)
+        torch.testing.assert_close(prediction_target(base, scheduler, latents, noise, timesteps), target)
     assert base.prediction_type == "v_prediction"
 
 
@@ -398,7 +397,7 @@ def test_latents_that_were_cut_go_on_after_their_last_part(base, data, tmp_path,
     assert path.read_bytes() == (tmp_path / "whole" / "train.npz").read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["train.npz"]
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadInput, match=r"train\.npz cannot be read as npz .*: move it away and run its step again"):
+    with pytest.raises(BadInput, match=r"train\.npz cannot be read as npz .*: move it away and run its stage again"):
         encode_images(images, len(source), base, 16, path, "made from this")
 
 

@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from conftest import SMOKE
 
 from sdlab.data.datasets import load_dataset
+from sdlab.paths import PARAMS, PROJECT_ROOT
 from sdlab.runs.files import write_json
 from sdlab.runs.records import STAGES
 from sdlab.runs.run import Run
-from sdlab.settings import PARAMS, PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 from sdlab.tools import cli as workflow
 from sdlab.tools.cli import Watcher, cli, plain_table
 from sdlab.tools.planning import make_plan
@@ -53,8 +54,8 @@ def file(tmp_path):
         (dict(unet_epoch=3), "did you mean `unet_epochs`"),
         (dict(experiment=None), "name no `experiment`"),
         (dict(unet_learning_rate="1e-4"), "without quotes"),
-        (dict(search_max_guidance=-1), "`search_max_guidance` is -1.0"),
-        (dict(search_min_steps=0), "`search_min_steps` is 0"),
+        (dict(search_max_guidance_scale=-1), "`search_max_guidance_scale` is -1.0"),
+        (dict(search_min_inference_steps=0), "`search_min_inference_steps` is 0"),
         (dict(search_1_max_epoch=9), "epochs 1 to 2"),
         (dict(dataset="digit"), "Did you mean `digits`"),
         (dict(protocol="open"), "allowed are 'sealed', 'paper'"),

@@ -10,7 +10,8 @@ from sdlab.data.images import DatasetFacts, ImageDataset, Split
 from sdlab.data.official import CIFAR, CIFAR_FACTS, CIFAR_FOLDERS, cifar, medmnist, medmnist_facts, medmnist_table
 from sdlab.data.own_images import load_own_images, own_path
 from sdlab.errors import BadInput
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.paths import project_path
+from sdlab.settings import Settings
 
 
 def digits() -> ImageDataset:
@@ -52,14 +53,14 @@ def load_dataset(settings: Settings) -> ImageDataset:
     check_name(settings)
     if settings.dataset not in known_names():
         return resize_dataset(load_own_images(settings), settings.image_size)
-    data_root = PROJECT_ROOT / Path(settings.data_root).expanduser()
+    data_root = project_path(settings.data_root)
     return resize_dataset(load_named(settings.dataset, data_root), settings.image_size)
 
 
 def fetch_dataset(settings: Settings) -> None:
     """Fetch what is missing of an official data set, with a bar, before any notebook starts. Raises `BadInput`."""
     check_name(settings)
-    data_root = PROJECT_ROOT / Path(settings.data_root).expanduser()
+    data_root = project_path(settings.data_root)
     missing = not (data_root / f"{settings.dataset}.npz").exists() if settings.dataset in medmnist_table() else False
     if settings.dataset in CIFAR:
         missing = not (data_root / CIFAR_FOLDERS[settings.dataset]).exists()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from sdlab.errors import BadInput, brief, first_line
+from sdlab.paths import project_path
 from sdlab.runs.files import sha256_of_file
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 
 if TYPE_CHECKING:
     pass
@@ -67,7 +68,7 @@ def base_model_folder(settings: Settings) -> tuple[Path, str]:
     name = settings.base_model
     if name == "tiny":
         return TINY, "tiny"
-    folder = PROJECT_ROOT / Path(name).expanduser()
+    folder = project_path(name)
     if folder.is_dir():
         return folder, f"{folder.resolve().name}/"  # tables and notebooks are published: no machine's path
     revision = pinned_revision(settings)
@@ -92,7 +93,7 @@ def pinned_revision(settings: Settings) -> str:
 
 def is_available_locally(settings: Settings) -> bool:
     """Whether the base model can be loaded without fetching anything. Raises `BadInput` for a name that is none."""
-    if settings.base_model == "tiny" or (PROJECT_ROOT / Path(settings.base_model).expanduser()).is_dir():
+    if settings.base_model == "tiny" or (project_path(settings.base_model)).is_dir():
         return True
     return cached_snapshot(settings.base_model, pinned_revision(settings)) is not None
 

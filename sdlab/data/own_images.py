@@ -14,9 +14,10 @@ from sdlab.data.images import ImageDataset, Split
 from sdlab.data.npz import read_arrays, read_npz
 from sdlab.data.pictures import FORMATS, read_image, supported_formats
 from sdlab.errors import BadInput, first_words, printable
+from sdlab.paths import project_path
 from sdlab.runs.files import atomic_write, files_below, raise_on_read_error, sha256_of_json
 from sdlab.runs.progress import Progress
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LAYOUT = "it needs one subfolder a class with its images, if you like below train/, val/ and test/"
@@ -261,7 +262,7 @@ def load_saved_images(settings: Settings, key: str) -> tuple[np.ndarray, list, l
 
 def own_path(settings: Settings) -> Path:
     """Where `dataset` points, if it is a path: relative to the project, or absolute."""
-    return PROJECT_ROOT / Path(settings.dataset).expanduser()
+    return project_path(settings.dataset)
 
 
 def load_own_images(settings: Settings) -> ImageDataset:

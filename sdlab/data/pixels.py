@@ -28,7 +28,7 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear without antialiasing, as the authors resize (METHOD: conventions)."""
+    """Bilinear without antialiasing, as the authors resize (docs/method.md, item 17)."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

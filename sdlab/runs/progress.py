@@ -1,4 +1,4 @@
-"""TODO runs.progress."""
+"""Progress of a task: a small file that `sdlab run` renders, and a tqdm bar where a person watches a notebook."""
 
 import contextlib
 import os
@@ -12,34 +12,32 @@ from sdlab.runs.files import write_json
 
 
 class Progress:
-    """How far a piece of work is, in a small file, since a kernel's bars do not reach the terminal; and a tqdm bar.
+    """A progress bar that also writes its state to a file: a kernel's bars do not reach the terminal.
 
-    `sdlab run` renders the file and sets SDLAB_PROGRESS_FILE_ONLY, so that no bars stand in the executed notebooks.
+    `sdlab run` sets SDLAB_PROGRESS_FILE_ONLY, so executed notebooks contain no bars.
     """
 
     def __init__(self, path: Path | None, total: int, desc: str, unit: str, initial: int = 0):
-        self.path, self.written, self.started = path, 0.0, time.monotonic()
-        self.said = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0, time=time.time())
-        self.initial = initial
+        self.path, self.initial, self.written, self.started = path, initial, 0.0, time.monotonic()
+        self.state = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0, time=time.time())
         silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
         self.bar = None if silent else tqdm(desc=desc, total=total, initial=initial, unit=unit, leave=False)
-        self.say()
+        self.write()
 
     def update(self, n: int = 1) -> None:
-        self.said["n"] += n
-        self.said["rate"] = (self.said["n"] - self.initial) / max(time.monotonic() - self.started, 1e-9)
+        self.state["n"] += n
+        self.state["rate"] = (self.state["n"] - self.initial) / max(time.monotonic() - self.started, 1e-9)
         if self.bar is not None:
             self.bar.update(n)
         if time.monotonic() - self.written > 0.5:
-            self.say()
+            self.write()
 
-    def say(self) -> None:
+    def write(self) -> None:
         self.written = time.monotonic()
-        self.said["time"] = time.time()
-        # Only a display: a disk that is full must not stop the work for it.
-        with contextlib.suppress(BadInput):
+        self.state["time"] = time.time()
+        with contextlib.suppress(BadInput):  # only a display: a full disk must not stop the work for it
             if self.path is not None:
-                write_json(self.path, self.said, lasting=False)
+                write_json(self.path, self.state, lasting=False)
 
     def __enter__(self) -> "Progress":
         return self

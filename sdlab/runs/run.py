@@ -1,9 +1,9 @@
-"""An experiment's folder: which steps are finished, from what they were made, who is at work, how far it is.
+"""An experiment's folder, and one stage of it that a notebook opens, works in and finishes.
 
-    runs/<experiment>/settings.yaml        what the last opened step was run with
-                      records/01.json      a step: its settings, what it was made from, its files with their hashes
-                      begun/               what the step inside has so far, to go on from; removed at its end
-                      progress.json        how far it is, for `sdlab run`
+    runs/<experiment>/settings.yaml        the settings of the stage that was opened last
+                      records/01.json      a stage: its settings, inputs and files with their hashes (`records.py`)
+                      begun/               results of an unfinished stage so far; removed at its end
+                      progress.json        how far the stage is, for `sdlab run`
                       test_readings.jsonl  each reading of the test set
 
 Nothing here imports torch.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput
 from sdlab.runs.files import (
@@ -49,92 +50,90 @@ from sdlab.runs.records import (
 from sdlab.runs.storage import check_storage
 from sdlab.settings import Settings
 
-# Of a training: clocked times, and a state that is of use only until the training ends.
+# Of a training: measured times, and a state that is needed only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
-SHARED = ("settings.yaml", "test_readings.jsonl")  # by all steps
-BESIDE = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
+SHARED = ("settings.yaml", "test_readings.jsonl")  # by all stages
+SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
 
 
-def peak_memory() -> int:
-    """The most bytes this process has held so far: of the GPU where torch has used one, else of RAM."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        used = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
-        if used:
-            return used
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+class Experiment:
+    """An experiment's settings and folder, with the data set and the base model that its stages compute with.
+
+    Functions that only read or make files of the folder take this; those that belong to one stage take a `Run`.
+    """
+
+    progress = staticmethod(tqdm)
+    work_folder: Path | None = None  # cache of an unfinished stage
+
+    def __init__(self, settings: Settings, data: Any = None, base: Any = None):
+        self.settings, self.data, self.base, self.folder = settings, data, base, settings.run_folder
+
+    def metrics_path(self, name: str) -> Path:
+        """The file of a result: `metrics/<name>.json`."""
+        return self.folder / "metrics" / f"{name}.json"
 
 
-def new_aside_folder(folder: Path) -> Path:
-    """`aside/<now>/` of a run, where nothing reads; not made yet."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = (f"{stamp}{more}" for more in ("", *(f"-{i}" for i in range(2, 1000))))
-    return next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
+class Run(Experiment):
+    """One stage of an experiment, opened by its notebook: `run = Run(settings, "02_first_search", data, base)`.
 
-
-def move_aside(folder: Path, paths: list[Path], aside: Path) -> None:
-    """Move files and folders of a run below `aside`. Raises `BadInput`."""
-    with raise_on_write_error(aside):
-        for path in paths:
-            target = aside / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-
-
-class Run:
-    """One step of one experiment, opened by its notebook: `run = Run(settings, "02_first_search", data, base)`.
-
-    Opening checks before it writes: the steps this one reads are finished, made with the present settings, and
-    complete; if this step was begun or finished before, it was with the same settings; data set and base model are
-    those that step 00 saw; nobody else is at work. Raises `BadInput` otherwise.
-    A finished step opens for reading: its functions load what they once made.
+    Opening checks before it writes: the stages that this one reads are finished with the present settings and complete; an
+    earlier attempt at this stage had the same settings; data set and base model are those of stage 00; no other process
+    has opened the folder. Raises `BadInput` otherwise.
+    A finished stage opens for reading: its functions load their results.
 
     Args:
-        data, base: whatever has a `fingerprint()`; left out by steps that read neither.
-        helping: join a step that another process has opened, to work on beside it: no lock is taken, nothing recorded.
+        data, base: objects with a `fingerprint()`; left out by stages that read neither.
+        helping: join a stage that another process has opened, without a lock or a record of its own.
     """
 
     def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None, helping: bool = False):
-        self.settings, self.step, self.folder = settings, STAGES[stem[:2]], settings.run_folder
-        given = dict(data=data, base_model=base)
-        self.inputs = {name: value.fingerprint() for name, value in given.items() if value is not None}
-        state = check_stage(settings, self.step.number)
+        super().__init__(settings, data, base)
+        self.stage, self.helping = STAGES[stem[:2]], helping
+        inputs = dict(data=data, base_model=base)
+        self.inputs = {name: value.fingerprint() for name, value in inputs.items() if value is not None}
+        state = check_stage(settings, self.stage.number)
         self.check_inputs()
-        if settings.storage and state.state != "done" and self.step.number <= "04":  # long before the first search
+        if settings.storage and state.state != "done" and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
-        self.started, self.lock, self.helping = time.monotonic(), None, helping
+        self.started, self.lock = time.monotonic(), None
         if helping:
-            self.record = read_record(settings, self.step.number)
+            self.record = read_record(settings, self.stage.number)
             self.finished = self.record is None or state.state == "done"
         else:
-            self.finished = state.state == "done" or not self.begin(base)
-        told = not (self.finished or helping)
-        self.progress = functools.partial(Progress, self.folder / "progress.json" if told else None)
+            self.finished = state.state == "done" or not self.begin()
+        writes_progress = not (self.finished or helping)
+        self.progress = functools.partial(Progress, self.folder / "progress.json" if writes_progress else None)
+
+    @property
+    def work_folder(self) -> Path | None:
+        """Results of an unfinished stage so far, for a resumed run; None once it is finished."""
+        return None if self.finished else self.folder / "begun"
 
     def check_inputs(self) -> None:
-        """Raises `BadInput` if the data set or the base model changed under the experiment."""
+        """Raises `BadInput` if the data set or the base model changed since stage 00."""
         first = read_record(self.settings, "00")
-        for name, found in self.inputs.items():
-            if first is not None and first.get("inputs", {}).get(name) != found:
+        for name, fingerprint in self.inputs.items():
+            if first is not None and first.get("inputs", {}).get(name) != fingerprint:
                 raise BadInput(
-                    f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that 00_data_and_base_model "
-                    f"saw in {self.folder} (its content differs): restore it, or give the experiment another name."
+                    f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that "
+                    f"00_data_and_base_model saw in {self.folder} (its content differs): restore it, or give the experiment "
+                    "another name."
                 )
 
-    def begin(self, base: Any) -> bool:
-        """Take the folder and record the step as begun; False if another process finished it meanwhile."""
-        self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
-        if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # `sdlab run` says it itself
+    def begin(self) -> bool:
+        """Lock the folder and record the stage as begun; False if another process finished it in the meantime."""
+        self.lock = Lock(self.folder / ".lock", self.folder, self.stage.stem)
+        if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # else `sdlab run` prints it
             print(self.lock.note)
         remove_partial_writes(partial_writes(self.folder))
-        if check_stage(self.settings, self.step.number).state == "done":
+        if check_stage(self.settings, self.stage.number).state == "done":
             self.lock.release()
             return False
-        before = read_record(self.settings, self.step.number)
+        before = read_record(self.settings, self.stage.number)
         self.record = dict(
-            step=self.step.stem,
-            settings=self.settings.of_stage(self.step.number),
-            upstream={n: record_digest(read_record(self.settings, n)) for n in self.step.upstream},
+            step=self.stage.stem,
+            settings=self.settings.of_stage(self.stage.number),
+            upstream={n: record_digest(read_record(self.settings, n)) for n in self.stage.upstream},
             inputs=self.inputs,
             outputs={},
             begun=before["begun"] if before else now(),
@@ -142,7 +141,7 @@ class Run:
             finished=None,
             seconds=before["seconds"] + self.lost_seconds(before) if before else 0.0,
             opened_at=time.time(),
-            made_with=environment(base),
+            made_with=environment(self.base),
             made_with_before=[],
         )
         if before:
@@ -150,23 +149,23 @@ class Run:
             self.record["made_with_before"] = [m for m in means if environment_differences(m, self.record["made_with"])]
             if note := environment_change(self.record):
                 print(note)
-        write_hashed_json(record_path(self.settings, self.step.number), self.record)
-        # After the record, which says that it is this step's.
-        with atomic_write(self.folder / "settings.yaml") as beside:
-            beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
+        write_hashed_json(record_path(self.settings, self.stage.number), self.record)
+        # After the record, which tells that it is this stage's.
+        with atomic_write(self.folder / "settings.yaml") as partial:
+            partial.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         return True
 
     def lost_seconds(self, before: dict) -> float:
-        """How long an attempt was at work that did not finish: until it last said how far it was."""
+        """Seconds that an unfinished attempt worked: from its start until its last sign of progress."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            said = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
-            return round(max(said["time"] - before["opened_at"], 0.0), 1)
+            state = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
+            return round(max(state["time"] - before["opened_at"], 0.0), 1)
         return 0.0
 
     def finish(self, *outputs: Path) -> None:
-        """Record the step as finished with these files and folders (all files below them), and let the folder go.
+        """Record the stage as finished with these files and folders (all files below them), and release the folder.
 
-        Raises `BadInput` if one is not there: a cell above was left out or interrupted.
+        Raises `BadInput` if one is missing: a cell above was left out or interrupted.
         """
         if self.finished:
             return
@@ -181,28 +180,25 @@ class Run:
             for path in files
             if path.name not in NOT_OUTPUTS
         }
-        self.record["beside"] = self.hashes_beside()
+        self.record["beside"] = self.side_outputs()
         self.record["finished"] = now()
-        self.record["measured"] = dict(
-            folder_bytes=folder_size(self.folder),
-            peak_memory_bytes=peak_memory(),
-        )
+        self.record["measured"] = dict(folder_bytes=folder_size(self.folder), peak_memory_bytes=peak_memory())
         self.record["seconds"] += round(time.monotonic() - self.started, 1)
-        shutil.rmtree(self.begun, ignore_errors=True)  # all of it is in the results by now
-        write_hashed_json(record_path(self.settings, self.step.number), self.record)
+        shutil.rmtree(self.work_folder, ignore_errors=True)  # all of it is part of the results now
+        write_hashed_json(record_path(self.settings, self.stage.number), self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
 
-    def hashes_beside(self) -> dict[str, dict]:
-        """Of what no later step reads, but a reader looks at: histories, the plan, trials' pictures, readings of the test set.
+    def side_outputs(self) -> dict[str, dict]:
+        """Hashes of files that no later stage reads, but a reader looks at: histories, the plan, pictures, test readings.
 
-        Files that only grow are hashed as long as they are now.
+        Files that only grow are hashed up to their present length.
         """
-        others = set()  # what other steps wrote
-        for number in STAGES.keys() - {self.step.number}:
+        others = set()  # of other stages
+        for number in STAGES.keys() - {self.stage.number}:
             others |= (read_record(self.settings, number) or {}).get("beside", {}).keys() - set(SHARED)
-        paths = [path for part in BESIDE for path in sorted(self.folder.glob(part)) if path.is_file()]
+        paths = [path for pattern in SIDE_OUTPUTS for path in sorted(self.folder.glob(pattern)) if path.is_file()]
         named = {path.relative_to(self.folder).as_posix(): path for path in paths}
         return {
             name: dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
@@ -210,23 +206,40 @@ class Run:
             if name not in others
         }
 
-    def keep(self, name: str, result: Any) -> Any:
-        """Write a result to `metrics/<name>.json`, unless the step is finished; the result as it reads back."""
+    def save_metrics(self, name: str, result: Any) -> Any:
+        """Write a result to `metrics/<name>.json`, unless the stage is finished; returns it as it reads back."""
         if not self.finished:
-            write_json(self.metrics(name), result)
+            write_json(self.metrics_path(name), result)
         return json.loads(json.dumps(result))
 
-    @property
-    def begun(self) -> Path:
-        """Where an unfinished step keeps what it has so far, to go on from; removed when it is finished."""
-        return self.folder / "begun"
-
-    def metrics(self, name: str) -> Path:
-        """Where a result is kept: `metrics/<name>.json`."""
-        return self.folder / "metrics" / f"{name}.json"
-
-    def note_test_reading(self, what: str) -> None:
+    def record_test_reading(self, purpose: str) -> None:
         """The sealed protocol promises that the test set only fills the tables: each reading is on record."""
         path = self.folder / "test_readings.jsonl"
         with raise_on_write_error(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(time=now(), step=self.step.stem, what=what)) + "\n")
+            file.write(json.dumps(dict(time=now(), step=self.stage.stem, what=purpose)) + "\n")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far: of the GPU if torch has used one, else of RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        used = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+        if used:
+            return used
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def new_aside_folder(folder: Path) -> Path:
+    """The path `aside/<now>/` of a run, which nothing reads; not created yet."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = (f"{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
+
+
+def move_aside(folder: Path, paths: list[Path], aside: Path) -> None:
+    """Move files and folders of a run below `aside`. Raises `BadInput`."""
+    with raise_on_write_error(aside):
+        for path in paths:
+            target = aside / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)

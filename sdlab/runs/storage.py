@@ -2,9 +2,15 @@
 
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 from sdlab.errors import BadInput
 from sdlab.settings import Settings
+
+
+def storage_url(settings: Settings) -> str:
+    """Optuna's URL. Quoted, since a `?` would begin the URL's options, and Optuna formats text between braces."""
+    return settings.storage or f"sqlite:///{quote(str(settings.run_folder / 'searches.db'))}"
 
 
 def check_storage(settings: Settings) -> None:
@@ -12,9 +18,9 @@ def check_storage(settings: Settings) -> None:
     import sqlalchemy
 
     try:
-        if set("{}") & set(settings.storage_url):
+        if set("{}") & set(storage_url(settings)):
             raise ValueError("Optuna formats what stands between braces: write %7B for { and %7D for }")
-        engine = sqlalchemy.create_engine(settings.storage_url)
+        engine = sqlalchemy.create_engine(storage_url(settings))
         if engine.dialect.name != "sqlite":
             engine.connect().close()
         elif not Path(engine.url.database or ".").resolve().parent.is_dir():
@@ -29,7 +35,7 @@ def check_storage(settings: Settings) -> None:
         reason = error.strerror
     else:
         return
-    url = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", settings.storage_url)  # no password in a log
+    url = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", storage_url(settings))  # no password in a log
     raise BadInput(
         f"The storage {url} cannot be opened ({reason}): check the `storage` setting; empty means SQLite in the "
         "experiment's folder."

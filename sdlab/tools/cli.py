@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from sdlab.data.datasets import dataset_facts, fetch_dataset
 from sdlab.errors import BadInput
-from sdlab.parameters import from_yaml, read_parameters
+from sdlab.paths import PROJECT_ROOT, project_path
 from sdlab.runs.export import export_set
 from sdlab.runs.files import atomic_write, cannot_write, folder_size, is_inside, write_errno
 from sdlab.runs.locks import Lock
+from sdlab.runs.parameters import from_yaml, read_parameters
 from sdlab.runs.records import (
     BENCHMARKS,
     STAGES,
@@ -40,8 +41,8 @@ from sdlab.runs.records import (
     stage_state,
 )
 from sdlab.runs.run import Run, move_aside, new_aside_folder
-from sdlab.runs.storage import check_storage
-from sdlab.settings import PROJECT_ROOT, Settings, parameter_file
+from sdlab.runs.storage import check_storage, storage_url
+from sdlab.settings import Settings, parameter_file
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 
@@ -211,7 +212,7 @@ def move_stages_aside(settings: Settings, number: str) -> None:
 def fetch_base_model(settings: Settings) -> None:
     """Fetch a hub's base model with the hub's own bars, before any notebook starts."""
     name = settings.base_model
-    if name != "tiny" and not (PROJECT_ROOT / Path(name).expanduser()).is_dir():
+    if name != "tiny" and not (project_path(name)).is_dir():
         from sdlab.data.model_files import base_model_folder  # torch is slow to import
 
         base_model_folder(settings)
@@ -580,7 +581,7 @@ def dashboard(settings: Settings, port: int) -> None:
             f"{settings.experiment} has no search yet: run 02_first_search first (`sdlab run {settings.experiment}`)."
         )
     check_storage(settings)
-    command = [str(Path(sys.executable).with_name("optuna-dashboard")), settings.storage_url, "--host", "127.0.0.1"]
+    command = [str(Path(sys.executable).with_name("optuna-dashboard")), storage_url(settings), "--host", "127.0.0.1"]
     artifacts = settings.run_folder / "artifacts"
     if artifacts.is_dir():
         command += ["--artifact-dir", str(artifacts)]

@@ -1,7 +1,7 @@
 """Settings + a few timed steps -> what an experiment will cost, notebook by notebook, before it is spent.
 
-Three parts: `workload` counts what the notebooks do, `measure` times one of each on this device, `plan` multiplies. The
-weights need not be here: of the base models that the README names, the configs in `shapes/` tell the size.
+`workload` counts the operations of the notebooks, `measure` times one of each on this device, `make_plan` multiplies. The
+weights need not be on this machine: for the pinned base models, the configs in `shapes/` give the size.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ import torch
 from sdlab.base_models import BaseModel, load_base_model, load_without_weights
 from sdlab.data.images import DatasetFacts
 from sdlab.data.model_files import is_available_locally
-from sdlab.generation import SamplingConfig
+from sdlab.evaluation import load_optimum
 from sdlab.report.costs import planned_settings
-from sdlab.runs.files import read_json
 from sdlab.runs.records import STAGES, read_record
-from sdlab.runs.studies import new_pruner, study_name
-from sdlab.search import first_search_space
+from sdlab.runs.run import Experiment
+from sdlab.runs.studies import study_name
+from sdlab.sampling import SamplingConfig
+from sdlab.search import first_search_space, new_pruner
 from sdlab.settings import Settings
 from sdlab.tools.measuring import Costs, measure
 
@@ -34,17 +35,17 @@ GB = 1e9
 
 @dataclass
 class Work:
-    """What one notebook does. Images are generated ones; a pass is one image through the UNet once."""
+    """The work of one notebook. Images are generated ones; a pass is one image through the UNet once."""
 
     images: float = 0
     passes: float = 0
     encoded: int = 0
     class_encoder_steps: int = 0
     unet_steps: int = 0
-    searched_images: float = 0  # seen by trials' classifiers in training, each time counted
-    searched_checks: float = 0  # judged by them
-    classifier_images: float = 0  # the same of the cells' and finalists' classifiers
-    classifier_checks: float = 0
+    trial_images: float = 0  # seen by the trials' classifiers in training, each time counted
+    trial_validations: float = 0  # images that they classify
+    cell_images: float = 0  # the same for the classifiers of cells and finalists
+    cell_validations: float = 0
 
     @property
     def steps(self) -> int:
@@ -58,20 +59,18 @@ class Work:
 
 
 def workload(settings: Settings, facts: DatasetFacts, most: bool = False, pruning: bool = True) -> dict[str, Work]:
-    """What notebooks 01 to 05 do: as expected, or at the `most`, or with nothing pruned.
+    """The work of notebooks 01 to 05: expected, or at `most`, or with nothing pruned.
 
-    Expected: steps (IS) in the middle of their range, both passes where guidance acts, and pruning as the search's own pruner
-    prunes trials of random quality. At most: the highest IS, nothing pruned. What a finished search found is used.
+    Expected: inference steps in the middle of their range, both passes where guidance acts, and pruning as the search's own
+    pruner prunes trials of random quality. At most: the highest IS, nothing pruned. The result of a finished search is used.
     """
-    s = settings
-    optimum_1, optimum_2 = finished_optimum(s, "search_1"), finished_optimum(s, "search_2")
-    steps = {"search_1": expected_steps(first_search_space(s).num_inference_steps, most)}
-    steps["optimum_1"] = optimum_1.num_inference_steps if optimum_1 else steps["search_1"]
-    steps["search_2"] = expected_steps((min(s.search_min_steps, steps["optimum_1"]), steps["optimum_1"]), most)
-    steps["optimum_2"] = optimum_2.num_inference_steps if optimum_2 else steps["search_2"]
+    s, steps = settings, inference_steps(settings, most)
 
-    def made(images: float, is_: float) -> Work:
-        return Work(images=images, passes=(1 + s.guidance_stop - s.guidance_start) * images * is_)
+    def generated(images: float, steps: float) -> Work:
+        return Work(images=images, passes=(1 + s.guidance_stop - s.guidance_start) * images * steps)
+
+    def cell(steps: float) -> Work:
+        return generated(s.search_images, steps) + classifier_work(s, facts, s.search_images)
 
     def search(name: str, trials: int) -> Work:
         unpruned = [Counter(dict.fromkeys(s.rungs(), trials))]
@@ -79,59 +78,62 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
         total = Work()
         for visit in visits:
             for last, rung in itertools.pairwise([0, *s.rungs()]):
-                trial = made(rung - last, steps[name]) + classifier_work(s, facts, rung, trial=True)
+                trial = generated(rung - last, steps[name]) + classifier_work(s, facts, rung, "trial")
                 total += trial * (visit[rung] / len(visits))
         if s.search_finalists > 1:
-            finalist = made(s.search_images, steps[name]) + classifier_work(s, facts, s.search_images, finalist=True)
+            finalist = generated(s.search_images, steps[name]) + classifier_work(s, facts, s.search_images, "finalist")
             total += finalist * (s.search_finalists + (name == "search_2"))
         return total
 
-    default = s.default_num_inference_steps
-    after = {n: made(s.search_images, i) + classifier_work(s, facts, s.search_images) for n, i in (
-        ("01", default), ("02", steps["optimum_1"]), ("03", steps["optimum_1"]), ("04", steps["optimum_2"]))}  # fmt: skip
-    scaled = classifier_work(s, facts, facts.train)
+    scaling = generated(s.scaling_max * facts.train, steps["optimum_2"]) + classifier_work(s, facts, facts.train)
     for k in range(1, s.scaling_max + 1):
-        scaled += classifier_work(s, facts, k * facts.train)
-    pool = s.scaling_max * facts.train
-    per_epoch = math.ceil(facts.train / s.class_encoder_batch_size), math.ceil(facts.train / s.unet_batch_size)
+        scaling += classifier_work(s, facts, k * facts.train)
+    encoder_steps = s.class_encoder_epochs * math.ceil(facts.train / s.class_encoder_batch_size)
+    unet_steps = s.unet_epochs * math.ceil(facts.train / s.unet_batch_size)
     return {
-        "01": after["01"] + Work(encoded=facts.train, class_encoder_steps=s.class_encoder_epochs * per_epoch[0]),
-        "02": after["02"] + search("search_1", s.search_1_trials),
-        "03": after["03"] + Work(unet_steps=s.unet_epochs * per_epoch[1]),
-        "04": after["04"] + search("search_2", s.search_2_trials),
-        "05": scaled + made(pool, steps["optimum_2"]),
+        "01": cell(s.default_num_inference_steps) + Work(encoded=facts.train, class_encoder_steps=encoder_steps),
+        "02": cell(steps["optimum_1"]) + search("search_1", s.search_1_trials),
+        "03": cell(steps["optimum_1"]) + Work(unet_steps=unet_steps),
+        "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
+        "05": scaling,
     }
 
 
-def classifier_work(
-    s: Settings, facts: DatasetFacts, images: float, trial: bool = False, finalist: bool = False
-) -> Work:
-    """A set's classifiers, trained to their last epoch: those of a cell, a finalist or a trial."""
-    seeds = s.search_classifier_seeds if trial else s.classifier_seeds
-    deciding = {"sealed": facts.val, "paper": facts.test}[s.protocol]
-    seen = seeds * (
-        s.classifier_steps * s.classifier_batch_size if s.classifier_steps else s.classifier_epochs * images
+def inference_steps(s: Settings, most: bool) -> dict[str, float]:
+    """Inference steps of both searches' trials and of both optima: the middle or the end of a range, or the known optimum."""
+
+    def expected(low: float, high: float) -> float:
+        return high if most else (low + high) / 2
+
+    optimum_1, optimum_2 = finished_optimum(s, "search_1"), finished_optimum(s, "search_2")
+    steps = {"search_1": expected(*first_search_space(s).num_inference_steps)}
+    steps["optimum_1"] = optimum_1.num_inference_steps if optimum_1 else steps["search_1"]
+    steps["search_2"] = expected(min(s.search_min_inference_steps, steps["optimum_1"]), steps["optimum_1"])
+    steps["optimum_2"] = optimum_2.num_inference_steps if optimum_2 else steps["search_2"]
+    return steps
+
+
+def classifier_work(s: Settings, facts: DatasetFacts, images: float, kind: str = "cell") -> Work:
+    """The classifiers of one set, trained to their last epoch: of a `cell`, a `finalist` or a `trial`."""
+    seeds = s.search_classifier_seeds if kind == "trial" else s.classifier_seeds
+    scored = facts.val + facts.test if kind == "cell" else {"sealed": facts.val, "paper": facts.test}[s.protocol]
+    seen = (
+        s.classifier_train_steps * s.classifier_batch_size if s.classifier_train_steps else s.classifier_epochs * images
     )
-    read = seeds * (s.classifier_epochs * facts.val + (deciding if trial or finalist else facts.val + facts.test))
-    if trial:
-        return Work(searched_images=seen, searched_checks=read)
-    return Work(classifier_images=seen, classifier_checks=read)
+    trained, validated = seeds * seen, seeds * (s.classifier_epochs * facts.val + scored)
+    if kind == "trial":
+        return Work(trial_images=trained, trial_validations=validated)
+    return Work(cell_images=trained, cell_validations=validated)
 
 
-def expected_steps(bounds: tuple[int, int], most: bool) -> float:
-    return bounds[1] if most else sum(bounds) / 2
-
-
-def finished_optimum(settings: Settings, search: str):
+def finished_optimum(settings: Settings, search: str) -> SamplingConfig | None:
     """The optimum of a search, if it is finished."""
     record = read_record(settings, {"search_1": "02", "search_2": "04"}[search])
-    if record is None or not record["finished"]:
-        return None
-    return SamplingConfig(**read_json(settings.run_folder / "metrics" / f"{search}.json")["best"]["point"])
+    return load_optimum(Experiment(settings), search) if record is not None and record["finished"] else None
 
 
 def simulate_pruning(settings: Settings, search: str, trials: int, repeats: int = 5) -> list[Counter]:
-    """How many trials reach each rung when trials of random quality meet the search's own pruner: one count a repeat."""
+    """How many trials reach each rung if the search's own pruner prunes trials of random quality: one count per repeat."""
     visits, rungs = [], settings.rungs()
     for repeat in range(repeats):
         rng, visited = np.random.default_rng(repeat), Counter()
@@ -153,9 +155,9 @@ def simulate_pruning(settings: Settings, search: str, trials: int, repeats: int 
 
 
 def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = None) -> dict:
-    """The plan as plain data: a row a notebook, the sums, what it rests on, and warnings.
+    """The plan as plain data: a row per notebook, sums, assumptions and warnings.
 
-    `base` is the base model if it is loaded already. Raises `BadInput` for one of which not even the size is known here.
+    `base` is the base model if it is already loaded. Raises `BadInput` for a base model of unknown size.
     """
     here = base is not None or is_available_locally(settings)
     if base is None:
@@ -206,16 +208,16 @@ def seconds(work: Work, c: Costs) -> float:
         + work.encoded * c.seconds_per_encoding
         + work.class_encoder_steps * c.seconds_per_class_encoder_step
         + work.unet_steps * c.seconds_per_unet_step
-        + work.searched_images * c.searching[0]
-        + work.searched_checks * c.searching[1]
-        + work.classifier_images * c.judging[0]
-        + work.classifier_checks * c.judging[1]
+        + work.trial_images * c.trial_image
+        + work.trial_validations * c.trial_validation
+        + work.cell_images * c.cell_image
+        + work.cell_validations * c.cell_validation
     )
 
 
 def disk(s: Settings, facts: DatasetFacts, c: Costs, number: str, work: Work) -> float:
-    """Bytes that a notebook leaves: uint8 images; latent moments, class tables and the encoder's resume state; half-precision
-    UNets and one full-precision state (weights and Adam's moments)."""
+    """Bytes of a notebook's files: uint8 images; latent moments, class tables, the encoder's resume state; half-precision UNets
+    and one full-precision state (weights and Adam's moments)."""
     images = work.images * 3 * s.image_size**2
     if number == "01":
         return (
@@ -230,7 +232,7 @@ def disk(s: Settings, facts: DatasetFacts, c: Costs, number: str, work: Work) ->
 
 
 def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
-    """What will not do: a sentence each."""
+    """A sentence for each resource that will not suffice."""
     found, folder = [], s.run_folder
     while not folder.exists():
         folder = folder.parent
@@ -241,7 +243,9 @@ def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
             "or train fewer `unet_epochs`."
         )
     if device.type == "cuda":
-        memory = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GB  # ours is ours to use
+        memory = (
+            torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        ) / GB  # cached by this process
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     if made["memory_gb"] > memory:

@@ -22,8 +22,9 @@ import yaml
 
 from sdlab import evaluation, generation, latents, search, training
 from sdlab.errors import BadInput
+from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.records import STAGES
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 
 TESTS = Path(__file__).parents[1]
 NUMBERS = tuple(STAGES)

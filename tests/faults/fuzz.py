@@ -39,11 +39,12 @@ from sdlab.data.npz import read_arrays, read_npz
 from sdlab.data.own_images import images_file, load_saved_images
 from sdlab.data.pictures import read_image
 from sdlab.errors import BadInput, brief
+from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import read_hashed_json, sha256_of_file, sha256_of_json
 from sdlab.runs.resume import TrainingPosition, load_resume_state, save_resume_state
 from sdlab.runs.shards import read_shards
 from sdlab.runs.verify import is_resume_state_intact, verify
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 
 SECONDS, MEMORY = 5, 2 * 2**30
 INTERESTING = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)

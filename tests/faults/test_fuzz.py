@@ -27,13 +27,14 @@ from PIL import Image
 from sdlab.data.npz import read_arrays
 from sdlab.data.pictures import read_image
 from sdlab.errors import BadInput
-from sdlab.parameters import from_yaml
+from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.checkpoints import checkpoint_sha
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_file, sha256_of_json
+from sdlab.runs.parameters import from_yaml
 from sdlab.runs.records import STAGES, read_record, stage_state
 from sdlab.runs.shards import read_shards
 from sdlab.runs.verify import Finding, verify
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.settings import Settings
 
 EXAMPLES = int(os.environ.get("SDLAB_FUZZ", 60))  # `make faults` sets more
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"sdlab-hypothesis-{os.getuid()}")  # not in the repository

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import command
 
-from sdlab.settings import PROJECT_ROOT
+from sdlab.paths import PROJECT_ROOT
 
 FAULTS = PROJECT_ROOT / "tests" / "faults"
 

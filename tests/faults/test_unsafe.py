@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import BIN, ENVIRONMENT
 
-from sdlab.settings import PROJECT_ROOT
+from sdlab.paths import PROJECT_ROOT
 
 # Names whose mere use reads code: pickles, other YAML than plain, code from a hub, source that is built at run time.
 UNSAFE_NAMES = {
@@ -73,7 +73,7 @@ def test_nothing_unpickles_or_runs_what_it_reads():
 def test_parameters_are_read_by_a_loader_that_makes_plain_values_only():
     import yaml
 
-    from sdlab.parameters import Flat
+    from sdlab.runs.parameters import Flat
 
     assert issubclass(Flat, yaml.SafeLoader)
 

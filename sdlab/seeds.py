@@ -1,0 +1,23 @@
+"""Every random number of an experiment derives from its `seed` and a purpose (docs/method.md, item 25).
+
+purpose                         what it seeds
+"class_encoder", "unet"         initial weights; with the epoch: order, timesteps and noise of a training epoch
+"search", "finalists"           noise of the trials' and of the finalists' images: the same for all of a search
+"table 1", "table 2"            noise of the sets that fill the tables, never that of a search
+"search_1", "search_2"          with the trial's number: one ask of the sampler
+"classifier", "search classifier", "finalist classifier"   weights and batches of classifier i
+"""
+
+import torch
+
+from sdlab.runs.files import sha256_of_json
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One seed (63 bits) from several numbers and words; streams with different parts are independent."""
+    return int(sha256_of_json(parts)[:16], 16) >> 1
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that an image's noise is the same on every device."""
+    return torch.Generator().manual_seed(int(seed))
