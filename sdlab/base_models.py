@@ -112,6 +112,19 @@ class BaseModel:
         """Multiplies latents, so that their variance is about 1 as the UNet expects."""
         return self.vae_config.get("scaling_factor", 0.18215)  # AutoencoderKL's own default
 
+    def summary(self) -> dict:
+        """What notebook 00 shows and records; loads the weights."""
+        return dict(
+            base_model=self.source,
+            base_sha256=self.sha256,
+            unet_parameters=self.unet.num_parameters(),
+            vae_parameters=self.vae.num_parameters(),
+            encoder_hidden_states=f"{self.tokens} tokens x {self.width}",
+            latents=f"{self.latent_channels} channels, 1/{self.vae_scale} of the image's side",
+            scaling_factor=self.scaling_factor,
+            prediction_type=self.prediction_type,
+        )
+
     def fingerprint(self) -> str:
         """One hash of weights and noise schedule."""
         return sha256_of_json([self.sha256, self.scheduler_config])

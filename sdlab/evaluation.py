@@ -176,6 +176,11 @@ def choose_size(run: Run, cells: Sequence[dict], config: SamplingConfig) -> dict
     return chosen
 
 
+def load_cells(run: Experiment, *names: str) -> list[dict]:
+    """Saved cells, such as `after_1`. Raises `BadInput` for one that was never scored."""
+    return [read_json(run.metrics_path(name), "run its notebook first.") for name in names]
+
+
 def load_optimum(run: Experiment, search: str) -> SamplingConfig:
     """The optimum of a finished search (`search_1` or `search_2`). Raises `BadInput` if it was never run."""
     return SamplingConfig(**read_json(run.metrics_path(search), "run its notebook first.")["best"]["config"])

@@ -29,7 +29,7 @@ class SamplingConfig:
 
     num_inference_steps: int  # the paper's IS
     guidance_scale: float  # the paper's UGS
-    class_encoder_epoch: int
+    class_encoder_epoch: int  # 0: untrained, so that every condition is the null condition
     unet_epoch: int = 0  # 0: the base model's own UNet
 
     @classmethod
@@ -46,16 +46,25 @@ def load_pipeline(run: Experiment, config: SamplingConfig) -> "ClassConditionalS
     """The pipeline of a config's checkpoints. Raises `BadInput` for a missing or damaged one."""
     from diffusers import UNet2DConditionModel
 
-    from sdlab.class_encoder import ClassTable
     from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 
-    base, unet = run.base, None
-    table = load_checkpoint(ClassTable, run.folder / "class_encoder", config.class_encoder_epoch, base.device)
+    base, unet, table = run.base, None, load_table(run, config.class_encoder_epoch)
     if config.unet_epoch:
         unet = load_checkpoint(UNet2DConditionModel, run.folder / "unet", config.unet_epoch, base.device, base.dtype)
     scheduler = make_scheduler(run.settings.scheduler, base.scheduler_config)
     unet = prepare_unet(unet or base.unet, table, run.settings)
     return ClassConditionalStableDiffusionPipeline(base.vae, unet, table, scheduler)
+
+
+def load_table(run: Experiment, epoch: int) -> "ClassTable":
+    """The conditions of every class at a Class-Encoder epoch; epoch 0 is untrained (zeros). Raises `BadInput`."""
+    from sdlab.class_encoder import ClassTable
+
+    if epoch == 0:
+        return (
+            ClassTable(run.data.num_classes, run.base.tokens, run.base.width).to(run.base.device).requires_grad_(False)
+        )
+    return load_checkpoint(ClassTable, run.folder / "class_encoder", epoch, run.base.device)
 
 
 def prepare_unet(unet: "UNet2DConditionModel", table: "ClassTable", settings: Settings) -> "UNet2DConditionModel":

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import optuna
 from optuna.artifacts import upload_artifact
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
@@ -25,6 +26,7 @@ from sdlab.evaluation import deciding_split, load_optimum, summarize, train_and_
 from sdlab.generation import generate_set
 from sdlab.runs.files import file_lock, read_json, sha256_of_json
 from sdlab.runs.run import Run
+from sdlab.runs.shards import read_shards
 from sdlab.runs.studies import (
     AtomicArtifactStore,
     ask_pruner,
@@ -224,6 +226,11 @@ def run_trial(run: Run, search: Search, study: optuna.Study, trial: Trial, artif
             "artifact", upload_artifact(artifact_store=artifacts, file_path=str(grid), study_or_trial=trial)
         )
     study.tell(trial.number, cas["mean"] if state == TrialState.COMPLETE else None, state=state)
+
+
+def trial_images(run: Run, trial: dict, count: int) -> np.ndarray:
+    """The first images that an exported trial's classifiers saw: uint8 (count, 3, h, w)."""
+    return next(read_shards(run.folder / "synthetic" / trial["synthetic"], count))[0]
 
 
 def score_finalists(run: Run, search: Search, study: optuna.Study) -> list[dict]:

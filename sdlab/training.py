@@ -28,6 +28,7 @@ from sdlab.runs.checkpoints import checkpoint_sha, epoch_folder, is_intact, load
 from sdlab.runs.files import check_free_space, sha256_of_json, write_json
 from sdlab.runs.resume import TrainingPosition, is_behind, load_history, load_resume_state, save_resume_state
 from sdlab.runs.run import Run
+from sdlab.schedulers import make_scheduler, steps_in_use
 from sdlab.seeds import derive_seed, generator
 
 if TYPE_CHECKING:  # diffusers is slow to import
@@ -216,11 +217,12 @@ class Training:
         order = torch.randperm(self.images, generator=draw).split(self.plan.batch_size)
         if at.steps:
             draw.set_state(at.generator)
-        for self.index in range(at.steps, self.per_epoch):
-            rate = cosine((epoch - 1) * self.per_epoch + self.index, self.total) * self.plan.learning_rate
+        for index in range(at.steps, self.per_epoch):
+            self.index = index
+            rate = cosine((epoch - 1) * self.per_epoch + index, self.total) * self.plan.learning_rate
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            yield order[self.index].to(self.base.device), draw
+            yield order[index].to(self.base.device), draw
 
     def check_finite(self, loss: torch.Tensor, batch: torch.Tensor) -> None:
         """Raises `BadInput` for a loss that is NaN or infinite, with all that tells why."""
@@ -270,6 +272,7 @@ def train_class_encoder(run: Run, moments: Moments) -> Iterator[EpochRecord]:
     from sdlab.class_encoder import ClassEncoder
 
     s, data, base = run.settings, run.data, run.base
+    make_scheduler(s.scheduler, base.scheduler_config, steps_in_use(s))  # refused now, not after the training
     plan = training_plan(run, "class_encoder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "class_encoder"))

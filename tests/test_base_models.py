@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -16,11 +15,13 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from sdlab.base_models import check_scheduler_name, load_base_model, make_scheduler
+from sdlab.base_models import load_base_model
 from sdlab.data.model_files import TINY
 from sdlab.devices import choose_device, choose_precision
 from sdlab.errors import BadInput
 from sdlab.runs.files import sha256_of_file
+from sdlab.runs.run import Experiment
+from sdlab.schedulers import check_scheduler_name, make_scheduler
 from sdlab.training import train_class_encoder
 
 
@@ -135,7 +136,7 @@ def test_weights_that_lack_a_tensor_are_refused(settings, base_folder, tmp_path,
     path = folder / part / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if k != tensor}, path)
     base = load_base_model(dataclasses.replace(settings, base_model=str(folder)))
-    with pytest.raises(BadInput, match=f"1 missing keys, as {tensor}: config and weights belong to different"):
+    with pytest.raises(BadInput, match=f"1 missing keys, such as {tensor}: config and weights belong to different"):
         getattr(base, part)
 
 
@@ -157,7 +158,7 @@ def test_results_are_read_without_importing_diffusers():
     """The slowest import of all: whoever opens a finished notebook waits for it only where images are drawn."""
     heavy = "diffusers", "torch._dynamo", "transformers", "torchvision", "medmnist", "sklearn", "scipy"
     code = (
-        "import sys, sdlab.figures, sdlab.planning, sdlab.results, sdlab.search, sdlab.training;"
+        "import sys, sdlab.report.figures, sdlab.tools.planning, sdlab.report.tables, sdlab.search, sdlab.training;"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -296,12 +297,28 @@ def test_a_device_that_is_not_there_is_refused(name):
 )
 def test_a_scheduler_that_cannot_sample_is_refused_before_the_first_training(settings, base, name):
     """An unknown name already where the base model's configs are read."""
-    run = SimpleNamespace(settings=dataclasses.replace(settings, scheduler=name))  # it has no folder to write to
+    run = Experiment(dataclasses.replace(settings, scheduler=name), None, base)
     with pytest.raises(BadInput, match=f"`scheduler` is '{name}'"):
-        train_class_encoder(run, base, None, None)
+        train_class_encoder(run, None)
     if not name.endswith("Scheduler"):
         with pytest.raises(BadInput, match=f"`scheduler` is '{name}'"):
             load_base_model(run.settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("PNDMScheduler", dict(search_min_inference_steps=1), "with 1 inference steps"),
+        ("LCMScheduler", dict(search_max_inference_steps=60), "with 51 inference steps"),
+    ],
+)
+def test_a_scheduler_that_cannot_make_the_steps_searched_is_refused_by_stage_00(settings, base, name, more, said):
+    """Not in the middle of a search, after hours."""
+    wanted = dataclasses.replace(settings, scheduler=name, default_num_inference_steps=20, **more)
+    with pytest.raises(BadInput, match=f"`scheduler` is '{name}'.*{said}"):
+        base.load_and_check(wanted)
+    base.load_and_check(dataclasses.replace(settings, scheduler=name, search_min_inference_steps=4, search_max_inference_steps=8,
+                                            default_num_inference_steps=20))  # fmt: skip
 
 
 def test_whatever_diffusers_lists_samples_or_is_refused(base):

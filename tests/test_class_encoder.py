@@ -16,7 +16,7 @@ def test_it_is_affine_and_shaped_as_told():
 
 
 def test_full_size_has_39_million_parameters():
-    """METHOD: 77 x 1024 for SD 2.0."""
+    """docs/method.md, item 19: 77 x 1024 for SD 2.0."""
     assert ClassEncoder(10).num_parameters() == 10 * 500 + 500 + 500 * 77 * 1024 == 39_429_500
 
 

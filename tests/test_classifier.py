@@ -1,4 +1,4 @@
-"""ResNet20 and its training, as METHOD translates the authors'."""
+"""ResNet20 and its training, as docs/method.md, item 16, translates the authors'."""
 
 import dataclasses
 import time
@@ -9,13 +9,29 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
 from sdlab import evaluation
-from sdlab.classifier import ClassifierRecipe, ResNet20, endless_batches, predict, score, split_evenly, train_classifier
+from sdlab.classifier import (
+    ClassifierRecipe,
+    ResNet20,
+    endless_batches,
+    predict,
+    score_classifier,
+    split_evenly,
+    train_classifier,
+)
 from sdlab.data.images import Split
 from sdlab.errors import BadInput
 from sdlab.evaluation import summarize, train_and_score_classifiers
+from sdlab.runs.run import Experiment
 
 RECIPE = ClassifierRecipe(
-    filters=8, epochs=12, steps=0, batch_size=16, learning_rate=1e-2, label_smoothing=0.1, patience=10, stop_patience=25
+    filters=8,
+    epochs=12,
+    train_steps=0,
+    batch_size=16,
+    learning_rate=1e-2,
+    label_smoothing=0.1,
+    patience=10,
+    stop_patience=25,
 )
 
 
@@ -51,15 +67,16 @@ def test_any_image_size(size):
 def test_it_learns_and_keeps_its_best_weights(data):
     trained = train_classifier(data.train, data.val, 3, RECIPE, seed=0)
     best = max(h["val_accuracy"] for h in trained.history)
-    assert trained.val_accuracy == best == score(trained.model, data.val).accuracy
-    assert score(trained.model, data.test).accuracy > 0.8
+    assert trained.val_accuracy == best == score_classifier(trained.model, data.val).accuracy
+    assert score_classifier(trained.model, data.test).accuracy > 0.8
 
 
 def test_labels_matter(data):
     """On shuffled labels nothing is learned: the accuracy above comes from the images."""
     shuffled = Split(data.train.images, np.random.default_rng(1).permutation(data.train.labels))
     accuracy = [
-        score(train_classifier(shuffled, data.val, 3, RECIPE, seed=s).model, data.test).accuracy for s in range(2)
+        score_classifier(train_classifier(shuffled, data.val, 3, RECIPE, seed=s).model, data.test).accuracy
+        for s in range(2)
     ]
     assert np.mean(accuracy) < 0.75
 
@@ -82,7 +99,7 @@ def test_one_budget_of_steps_for_sets_of_every_size(data, monkeypatch):
             Split(data.train.images[:count], data.train.labels[:count]),
             data.val,
             3,
-            dataclasses.replace(RECIPE, steps=30, epochs=4),
+            dataclasses.replace(RECIPE, train_steps=30, epochs=4),
             0,
         )
         assert len(steps) == 30
@@ -112,7 +129,7 @@ def test_score_agrees_with_scikit_learn():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "predict", lambda model, split: logits)
-        found = score(None, split)
+        found = score_classifier(None, split)
     predicted = logits.argmax(1)
     assert found.accuracy == accuracy_score(labels, predicted)
     assert found.balanced == pytest.approx(balanced_accuracy_score(labels, predicted))
@@ -140,9 +157,8 @@ def test_a_lost_class_shows_beside_the_accuracy(settings, data):
     """No training image of one class: its recall is 0, which the summary keeps although the accuracy looks fair."""
     keep = data.train.labels != 2
     recipe = dataclasses.replace(settings, classifier_train_steps=60, classifier_epochs=6, classifier_filters=8)
-    scores = train_and_score_classifiers(
-        Split(data.train.images[keep], data.train.labels[keep]), data, recipe, [0, 1], ["test"]
-    )
+    train = Split(data.train.images[keep], data.train.labels[keep])
+    scores = train_and_score_classifiers(Experiment(recipe, data), train, [0, 1], ["test"])
     kept = summarize(scores["test"])
     assert kept["recall"][2] == 0 and kept["balanced"] < 0.7 and len(kept["accuracy"]) == 2
     assert kept["std"] == pytest.approx(np.std(kept["accuracy"], ddof=1))
@@ -164,11 +180,11 @@ def two_threads():
 def test_classifiers_trained_at_once_are_those_trained_one_after_another(small, data, two_threads):
     """Three seeds in two threads: the same scores, bit for bit, in the order of the seeds, and nothing else changed."""
     random_state = torch.get_rng_state()
-    together = train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"])
+    together = train_and_score_classifiers(Experiment(small, data), data.train, [3, 1, 2], ["val", "test"])
     assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), random_state)
     torch.set_num_threads(1)
     for i, seed in enumerate([3, 1, 2]):
-        alone = train_and_score_classifiers(data.train, data, small, [seed], ["val", "test"])
+        alone = train_and_score_classifiers(Experiment(small, data), data.train, [seed], ["val", "test"])
         assert alone == {name: [scores[i]] for name, scores in together.items()}
     assert len({s.accuracy for s in together["test"]} | {s.recall for s in together["test"]}) > 1
 
@@ -186,15 +202,18 @@ def test_one_that_fails_ends_the_others(small, data, two_threads, monkeypatch):
             epochs.append(seed)
 
     monkeypatch.setattr("sdlab.evaluation.train_classifier", failing)
-    with pytest.raises(BadInput, match="memory does not hold a classifier's step of 32 images: take a smaller"):
-        train_and_score_classifiers(data.train, data, small, [0, 1, 2], ["test"])
+    with pytest.raises(
+        BadInput, match="memory does not hold a classifier's training step of 32 images: take a smaller"
+    ):
+        train_and_score_classifiers(Experiment(small, data), data.train, [0, 1, 2], ["test"])
     assert len(epochs) < 100 and torch.get_num_threads() == 2
 
 
 def test_a_trained_classifiers_scores_are_kept_and_read_where_they_are_of_the_same(small, data, tmp_path, monkeypatch):
     """Cut at the second of three, it trains two more, and all are what they would have been. Other images: all anew."""
-    trained, whole = [], train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"])
-    original = evaluation.train_classifier
+    trained, whole = [], train_and_score_classifiers(Experiment(small, data), data.train, [3, 1, 2], ["val", "test"])
+    original, run = evaluation.train_classifier, Experiment(small, data)
+    run.work_folder = tmp_path
 
     def counted(train, val, num_classes, recipe, seed, *more):
         trained.append(seed)
@@ -204,14 +223,14 @@ def test_a_trained_classifiers_scores_are_kept_and_read_where_they_are_of_the_sa
 
     monkeypatch.setattr(evaluation, "train_classifier", counted)
     with pytest.raises(KeyboardInterrupt):
-        train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path)
-    assert train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
-    assert train_and_score_classifiers(data.train, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) == whole
+        train_and_score_classifiers(run, data.train, [3, 1, 2], ["val", "test"])
+    assert train_and_score_classifiers(run, data.train, [3, 1, 2], ["val", "test"]) == whole
+    assert train_and_score_classifiers(run, data.train, [3, 1, 2], ["val", "test"]) == whole
     assert trained == [3, 1, 1, 2]
     other = Split(255 - data.train.images, data.train.labels)
-    assert train_and_score_classifiers(other, data, small, [3, 1, 2], ["val", "test"], kept=tmp_path) != whole
+    assert train_and_score_classifiers(run, other, [3, 1, 2], ["val", "test"]) != whole
     assert trained == [3, 1, 1, 2, 3, 1, 2]
-    for path in tmp_path.glob("*.json"):
+    for path in tmp_path.glob("classifiers/*.json"):
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BadInput, match=r"\.json is damaged"):
-        train_and_score_classifiers(data.train, data, small, [3], ["val", "test"], kept=tmp_path)
+        train_and_score_classifiers(Experiment(small, data), data.train, [3], ["val", "test"], kept=tmp_path)

@@ -76,7 +76,7 @@ def check_plan(settings: Settings, training_images: int) -> None:
     rows = read_json(settings.run_folder / "metrics" / "plan.json")["rows"]
     for number, part in (("01", "class_encoder"), ("03", "unet")):
         history = read_json(settings.run_folder / part / "history.json")["epochs"]
-        assert rows[number]["steps"] == sum(epoch["steps"] for epoch in history)
+        assert rows[number]["steps"] == sum(epoch["train_steps"] for epoch in history)
     assert rows["05"]["images"] == settings.scaling_max * training_images
     facts = dataclasses.replace(dataset_facts(settings), train=training_images)
     most = workload(settings, facts, most=True)
@@ -86,8 +86,7 @@ def check_plan(settings: Settings, training_images: int) -> None:
         assert most[number].images == found["images"]["without_pruning"] + scored_anew + settings.search_images
         rungs = sum(len(trial["intermediate"]) for trial in found["trials"])
         assert (
-            most[number].searched_images
-            >= rungs * settings.search_classifier_seeds * settings.classifier_train_steps * 32
+            most[number].trial_images >= rungs * settings.search_classifier_seeds * settings.classifier_train_steps * 32
         )
 
 

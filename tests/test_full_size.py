@@ -11,7 +11,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +23,13 @@ from sdlab import base_models
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder
 from sdlab.data.images import ImageDataset, Split
-from sdlab.generation import SamplingConfig, generate, load_pipeline, plan_generation
+from sdlab.generation import generate, plan_generation
+from sdlab.latents import encode_training_set
 from sdlab.runs.checkpoints import load_checkpoint
+from sdlab.runs.run import Experiment
+from sdlab.sampling import SamplingConfig, load_pipeline
 from sdlab.settings import Settings
-from sdlab.training import encode_training_set, fine_tune_unet, train_class_encoder
+from sdlab.training import fine_tune_unet, train_class_encoder
 
 GIB = 2**30
 UNET, VAE, ENCODER = 865_910_724, 83_653_863, 39_429_500
@@ -78,21 +80,22 @@ def test_the_whole_method_at_full_size_on_a_cpu(folder):
              class_encoder_batch_size=2, unet_epochs=2, unet_batch_size=2, shard_size=4, search_images=4, search_first_images=4)
     )  # fmt: skip
     data = ten_classes()
-    run = SimpleNamespace(settings=settings, folder=folder / "run", progress=DiesAt(0))
 
     with said("base model: hashed, VAE loaded"):
         base = load_base_model(settings)
         assert base.vae.num_parameters() == VAE
+    run = Experiment(settings, data, base)
+    run.progress = DiesAt(0)
     assert (base.tokens, base.width, base.vae_scale, base.latent_channels) == (77, 1024, 8, 4)
     assert base.scaling_factor == 0.18215
     with said("UNet loaded in float32"):
         assert base.unet.num_parameters() == UNET
     with said("two images encoded"):
-        moments = encode_training_set(run, base, data)
+        moments = encode_training_set(run)
     assert moments.mean.shape == (2, 4, 16, 16)
     with said("one Class-Encoder step of two images, table saved"):
-        train_class_encoder(run, base, data, moments)
-    del base
+        list(train_class_encoder(run, moments))
+    del base, run.base
     with safe_open(run.folder / "class_encoder" / "resume.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if name.startswith("model.")}  # noqa: SIM118
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == ENCODER
@@ -100,13 +103,15 @@ def test_the_whole_method_at_full_size_on_a_cpu(folder):
 
     run.progress = DiesAt(2)  # at the second epoch's step
     with said("one fine-tuning step, checkpoint and state saved, killed"), pytest.raises(Killed):
-        fine_tune_unet(run, load_base_model(settings), data, moments, 1)
+        run.base = load_base_model(settings)
+        list(fine_tune_unet(run, moments, 1))
     state = run.folder / "unet" / "resume.safetensors"
     assert state.stat().st_size == pytest.approx(12 * UNET, rel=1e-3)
     run.progress = DiesAt(0)
     with said("resumed: a second step, checkpoint and state saved"):
-        history = fine_tune_unet(run, load_base_model(settings), data, moments, 1)
-    assert [entry["epoch"] for entry in history] == [1, 2] and np.isfinite([entry["loss"] for entry in history]).all()
+        run.base = load_base_model(settings)
+        history = list(fine_tune_unet(run, moments, 1))
+    assert [record.epoch for record in history] == [1, 2] and np.isfinite([record.loss for record in history]).all()
     for epoch in (1, 2):
         weights = run.folder / "unet" / f"epoch_{epoch:02d}" / "diffusion_pytorch_model.safetensors"
         assert weights.stat().st_size == pytest.approx(2 * UNET, rel=1e-3)
@@ -116,11 +121,11 @@ def test_the_whole_method_at_full_size_on_a_cpu(folder):
             assert torch.equal(kept.state_dict()[name], file.get_tensor(f"model.{name}").half().float())
     del kept
 
-    base = load_base_model(settings)
-    point = SamplingConfig(1, 2, 2, 2.0)
-    plan = plan_generation(run, base, data, point, seed=0)
+    base = run.base = load_base_model(settings)
+    config = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, class_encoder_epoch=1, unet_epoch=2)
+    plan = plan_generation(run, config, seed=0)
     with said("four images at 2 steps with guidance, decoded"):
-        pipeline = load_pipeline(run, base, point)
+        pipeline = load_pipeline(run, config)
         assert pipeline.class_encoder.table().shape == (11, 77, 1024) and pipeline.noise([0], 128).shape == (
             1,
             4,

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder
 from sdlab.errors import BadInput
 from sdlab.generation import (
@@ -19,6 +18,7 @@ from sdlab.generation import (
     uniform_labels,
 )
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
 
 
@@ -130,7 +130,7 @@ def test_whatever_changes_the_bytes_changes_the_folder(more):
 
 
 def test_4000_images_over_c_classes():
-    """4000 // C each, the remainder to the first classes (METHOD)."""
+    """4000 // C each, the remainder to the first classes (docs/method.md, item 18)."""
     for classes in (5, 7, 8, 9, 10, 100):
         counts = np.bincount(plan(labels=uniform_labels(classes)).labels_of(0, 4000))
         assert counts.sum() == 4000 and counts.max() - counts.min() <= 1
@@ -170,6 +170,7 @@ def test_a_shard_holds_its_labels(pipeline, tmp_path):
     made = generate(pipeline, plan(), tmp_path, 8)
     assert load_file(made.shard(1))["labels"].tolist() == [1, 2, 0, 1]
     assert "labels" not in made.manifest["plan"]
+    assert made.split(7).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]  # read from the shards
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_interval_reaches_the_pipeline(pipeline):
 
 
 def test_compiling_without_a_compiler_is_refused(settings, base, monkeypatch):
-    from sdlab.generation import prepare_unet
+    from sdlab.sampling import prepare_unet
 
     table = ClassEncoder(3, base.tokens, base.width, hidden=16).tabulated()
     monkeypatch.setattr("shutil.which", lambda _: None)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdlab.base_models import make_scheduler
 from sdlab.class_encoder import ClassEncoder, with_projected_conditions
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
 from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+from sdlab.schedulers import make_scheduler
 
 REFERENCE = PROJECT_ROOT / ".venv" / "reference"
 

@@ -20,7 +20,7 @@ from sdlab.report.paper import DATASETS
 from sdlab.runs.files import write_hashed_json, write_json
 from sdlab.settings import Settings
 from sdlab.tools import planning
-from sdlab.tools.measuring import measure
+from sdlab.tools.measuring import Costs, measure, time_batches
 from sdlab.tools.planning import Work, make_plan, simulate_pruning, warnings, workload
 
 FACTS = DatasetFacts(train=48, val=24, test=30, num_classes=3, image_size=8)
@@ -36,9 +36,9 @@ def test_counts_are_those_of_the_notebooks(settings):
     assert found["02"].passes == (40 + s.search_1_trials * 40) * 2 * 2.5  # IS 2 or 3: 2.5 on average
     assert found["05"].images == 96
     per_classifier = s.classifier_train_steps * s.classifier_batch_size
-    assert found["01"].classifier_images == found["02"].classifier_images == s.classifier_seeds * per_classifier
-    assert found["02"].searched_images == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
-    assert found["05"].classifier_images == 3 * s.classifier_seeds * per_classifier  # real, x1, x2
+    assert found["01"].cell_images == found["02"].cell_images == s.classifier_seeds * per_classifier
+    assert found["02"].trial_images == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
+    assert found["05"].cell_images == 3 * s.classifier_seeds * per_classifier  # real, x1, x2
 
 
 def test_the_papers_experiment_in_numbers():
@@ -49,7 +49,7 @@ def test_the_papers_experiment_in_numbers():
     assert most["02"].images == most["04"].images == 51 * 4000 and most["05"].images == 400_000
     assert most["02"].passes == 51 * 4000 * 50 * 2
     real_to_x10 = 100 * 40_000 * (1 + 55) * s.classifier_seeds
-    assert most["05"].classifier_images == real_to_x10
+    assert most["05"].cell_images == real_to_x10
 
 
 def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
@@ -64,9 +64,9 @@ def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
 
 
 def test_what_a_finished_search_found_is_used(settings):
-    point = dict(class_encoder_epoch=1, unet_epoch=0, num_inference_steps=2, guidance_scale=1.5)
+    config = dict(class_encoder_epoch=1, unet_epoch=0, num_inference_steps=2, guidance_scale=1.5)
     before = workload(settings, FACTS)["03"].passes
-    write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(point=point)))
+    write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(config=config)))
     assert workload(settings, FACTS)["03"].passes == before  # not finished, so not believed
     write_hashed_json(settings.run_folder / "records/02.json", record_of())
     assert workload(settings, FACTS)["03"].passes == 2 * 40 * 2
@@ -78,8 +78,12 @@ def test_timing_leaves_the_base_model_as_it_was(settings):
     costs = measure(settings, FACTS, base)
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in base.unet.parameters()) and not base.unet.training
-    timed = [getattr(costs, f.name) for f in dataclasses.fields(costs) if f.name.startswith("seconds_per")]
-    assert len(timed) == 5 and all(0 < seconds < 10 for seconds in [*timed, *costs.searching, *costs.judging])
+    timed = [
+        getattr(costs, f.name)
+        for f in dataclasses.fields(costs)
+        if f.name.startswith(("seconds_per", "trial_", "cell_"))
+    ]
+    assert len(timed) == 9 and all(0 < seconds < 10 for seconds in timed)
     assert costs.unet_parameters == base.unet.num_parameters() and costs.table_numbers == 4 * 5 * 12
 
 
@@ -87,10 +91,11 @@ def test_time_is_the_sum_of_what_is_done(settings):
     """Every kind of work has its own price, and none is forgotten."""
     costs = dataclasses.replace(
         blank_costs(), seconds_per_pass=1, seconds_per_decoding=2, seconds_per_encoding=3, seconds_per_class_encoder_step=4,
-        seconds_per_unet_step=5, searching=(6, 7), judging=(8, 9),
+        seconds_per_unet_step=5, trial_image=6, trial_validation=7,
+        cell_image=8, cell_validation=9,
     )  # fmt: skip
-    order = ("passes", "images", "encoded", "class_encoder_steps", "unet_steps", "searched_images", "searched_checks",
-             "classifier_images", "classifier_checks")  # fmt: skip
+    order = ("passes", "images", "encoded", "class_encoder_steps", "unet_steps", "trial_images", "trial_validations",
+             "cell_images", "cell_validations")  # fmt: skip
     assert set(order) == {f.name for f in dataclasses.fields(Work)}
     for price, name in enumerate(order, start=1):
         assert planning.seconds(Work(**{name: 10}), costs) == 10 * price
@@ -106,7 +111,7 @@ def test_memory_is_a_line_and_time_that_of_the_larger_batch():
         held.clear()
         time.sleep(0.2 + 0.01 * batch)
 
-    found = planning.timed(work, 500, torch.device("cpu"))
+    found = time_batches(work, 500, torch.device("cpu"))
     assert found.bytes(500) == pytest.approx(100e6 + 500 * 4e6, rel=0.35)
     assert found.seconds < 0.04  # 0.21 at a batch of one
 
@@ -116,7 +121,7 @@ def test_a_device_without_room_for_one_image_is_refused():
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(BadInput, match="Not even one image fits"):
-        planning.timed(work, 8, torch.device("cpu"))
+        time_batches(work, 8, torch.device("cpu"))
 
 
 def test_memory_that_runs_out_ends_the_measurement_and_not_the_plan():
@@ -127,7 +132,7 @@ def test_memory_that_runs_out_ends_the_measurement_and_not_the_plan():
         if batch > 8:
             raise torch.OutOfMemoryError("no room")
 
-    assert planning.timed(work, 500, torch.device("cpu")).seconds > 0 and max(tried) > 8
+    assert time_batches(work, 500, torch.device("cpu")).seconds > 0 and max(tried) > 8
 
 
 def test_disk_of_the_papers_size():
@@ -142,9 +147,8 @@ def test_disk_of_the_papers_size():
     assert planning.disk(s, facts, costs, "05", Work(images=400_000)) / 1e9 == pytest.approx(1.229, rel=1e-3)
 
 
-def blank_costs() -> planning.Costs:
-    kinds = {"device": "x", "searching": (0, 0), "judging": (0, 0)}
-    return planning.Costs(**{f.name: kinds.get(f.name, 0) for f in dataclasses.fields(planning.Costs)})
+def blank_costs() -> Costs:
+    return Costs(**{f.name: "x" if f.name == "device" else 0 for f in dataclasses.fields(Costs)})
 
 
 def test_it_warns_when_disk_or_memory_will_not_do(settings):
@@ -192,7 +196,7 @@ def test_a_plan_needs_neither_weights_nor_data(settings, base_folder, tmp_path, 
 )
 def test_the_configs_in_shapes_are_stable_diffusions(name, parameters, width):
     folder = base_models.SHAPES / name.rpartition("/")[2]
-    unet, vae, _, text_encoder = (base_models.config_file(folder, file) for file in base_models.CONFIGS)
+    unet, vae, _, text_encoder = (base_models.read_config(folder, file) for file in base_models.CONFIGS)
     with torch.device("meta"):
         assert UNet2DConditionModel.from_config(unet).num_parameters() == parameters
         assert AutoencoderKL.from_config(vae).num_parameters() == 83_653_863
@@ -205,7 +209,7 @@ def test_the_configs_in_shapes_are_stable_diffusions(name, parameters, width):
 
 
 def test_a_base_model_of_unknown_size_cannot_be_planned(settings):
-    with pytest.raises(BadInput, match="is not on this machine, so its size is not known"):
+    with pytest.raises(BadInput, match="is not on this machine, so its size is unknown"):
         load_without_weights(dataclasses.replace(settings, base_model="a/b", base_model_revision="0" * 40))
 
 
