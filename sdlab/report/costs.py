@@ -44,29 +44,24 @@ def plan_table(plan: Mapping, took: Mapping[str, Mapping] | None = None) -> pd.D
     images = sum(row["images"] for row in plan["rows"].values())
     total = {**plan, "notebook": "all", "images": images, "steps": 0, "pruning_saves": 0}
     rows = pd.DataFrame([*plan["rows"].values(), total], index=[*plan["rows"], "all"])
-    text = pd.DataFrame(
-        {
-            "notebook": rows.notebook,
-            "images": rows.images.map("{:,}".format),
-            "training steps": rows.steps.map("{:,}".format).where(rows.steps > 0, ""),
-            "time": rows.hours.map(format_hours),
-            "at most": rows.hours_at_most.map(format_hours),
-            "pruning saves": rows.pruning_saves.map("{:.0%}".format).where(rows.pruning_saves > 0, ""),
-            "disk": rows.disk_gb.map(format_gigabytes),
-            "memory": rows.memory_gb.map(format_gigabytes),
-        }
-    )
+    text = {
+        "notebook": rows.notebook,
+        "images": rows.images.map("{:,}".format),
+        "training steps": rows.steps.map("{:,}".format).where(rows.steps > 0, ""),
+        "time": rows.hours.map(format_hours),
+        "at most": rows.hours_at_most.map(format_hours),
+        "pruning saves": rows.pruning_saves.map("{:.0%}".format).where(rows.pruning_saves > 0, ""),
+        "disk": rows.disk_gb.map(format_gigabytes),
+        "memory": rows.memory_gb.map(format_gigabytes),
+    }
     if took:
         measured = pd.DataFrame(took).T
-        measured.loc["all"] = [
-            measured.hours.sum(),
-            measured.disk_gb.sum(skipna=False),
-            measured.memory_gb.max(skipna=False),
-        ]
+        total = measured.sum(skipna=False)
+        measured.loc["all"] = total.where(total.index != "memory_gb", measured.memory_gb.max(skipna=False))
         text["took"] = measured.hours.map(format_hours)
         text["disk used"] = measured.disk_gb.map(format_gigabytes)
         text["memory used"] = measured.memory_gb.map(format_gigabytes)
-    return text.fillna("").reset_index(drop=True)
+    return pd.DataFrame(text).reindex(rows.index).fillna("").reset_index(drop=True)
 
 
 def format_hours(hours: float) -> str:

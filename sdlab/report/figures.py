@@ -26,10 +26,8 @@ def plot_losses(history: Sequence[Mapping], part: str) -> Figure:
     """Mean loss and learning rate of each epoch; the title says how long an epoch took."""
     table = pd.DataFrame(history).set_index("epoch")
     title = f"{part}: {table.steps.sum()} training steps, {table.seconds.median():.1f} s an epoch"
-    keys = dict(
-        secondary_y="learning_rate", style=[".-", ":"], figsize=(7, 2.8), grid=True, ylabel="noise MSE", title=title
-    )
-    return table[["loss", "learning_rate"]].plot(**keys).figure
+    look = dict(style=[".-", ":"], figsize=(7, 2.8), grid=True, ylabel="noise MSE", title=title)
+    return table[["loss", "learning_rate"]].plot(secondary_y="learning_rate", **look).figure
 
 
 def trials_table(search: Mapping) -> pd.DataFrame:
@@ -59,8 +57,7 @@ def plot_search(search: Mapping) -> Figure:
     """CAS of each trial at every rung it reached; the best so far as a line."""
     rungs, counts = trials_table(search).set_index("number").filter(like="CAS@"), search["counts"]
     title = f"{search['study']}: {counts['pruned']} of {counts['trials']} trials pruned"
-    keys = dict(figsize=(7, 3), grid=True, xlabel="trial", ylabel="CAS (%)", title=title)
-    ax = rungs.plot(style="o", alpha=0.7, **keys)
+    ax = rungs.plot(style="o", alpha=0.7, figsize=(7, 3), grid=True, xlabel="trial", ylabel="CAS (%)", title=title)
     best = rungs.iloc[:, -1].cummax().ffill().rename("best so far")
     best.plot(ax=ax, color="black", lw=1, drawstyle="steps-post", legend=True)
     return ax.figure
@@ -74,18 +71,11 @@ def plot_marginals(searches: Mapping[str, Mapping]) -> Figure:
     for name, search in searches.items():
         cas = {f"CAS@{search['rungs'][0]}": "CAS at the lowest rung (%)"}
         tables.append(trials_table(search).rename(columns=LABELS | cas).assign(search=name))
-    keys = ["search", "state", "CAS at the lowest rung (%)"]
-    points = pd.concat(tables).melt(keys, list(LABELS.values()), "parameter")
-    grid = sns.relplot(
-        points,
-        x="value",
-        y=keys[-1],
-        hue="state",
-        row="search",
-        col="parameter",
-        height=2.6,
-        facet_kws=dict(sharex=False),
+    points = pd.concat(tables).melt(
+        ["search", "state", "CAS at the lowest rung (%)"], list(LABELS.values()), "parameter"
     )
+    keys = dict(x="value", y="CAS at the lowest rung (%)", hue="state", row="search", col="parameter")
+    grid = sns.relplot(points, height=2.6, facet_kws=dict(sharex=False), **keys)
     return grid.set_titles("{row_name}: {col_name}").set_xlabels("").figure
 
 
@@ -122,11 +112,9 @@ def plot_stages(table: pd.DataFrame, title: str) -> Figure:
     """CAS after each stage of the pipeline: the rows of one experiment's Table 1."""
     figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
     names = ("After 1\nClass-Encoder", "After 2\nfirst search", "After 3\nfine-tuning", "After 4\nfinal search")
-    labels = [
-        f"{name}\n{row.cas:.1f} % in {row.seconds:.0f} s\nIS {row.num_inference_steps}, UGS {row.guidance_scale:.2f}"
-        for name, row in zip(names, table.itertuples(), strict=True)
-    ]
-    ax.bar(labels, table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
+    texts = "{}\n{:.1f} % in {:.0f} s\nIS {}, UGS {:.2f}".format
+    labels = map(texts, names, table.cas, table.seconds, table.num_inference_steps, table.guidance_scale)
+    ax.bar(list(labels), table.cas, yerr=table.deviation.fillna(0), capsize=4, color=["0.7", "C0", "0.55", "C2"])
     real, majority = table.real.iloc[0], table.majority.iloc[0]
     ax.axhline(real, color="black", lw=1.2, label=f"real images: {real:.1f} %")
     ax.axhline(majority, color="black", lw=1, ls="--", label=f"most frequent class: {majority:.1f} %")

@@ -1,8 +1,4 @@
-"""The paper's numbers, read from `paper.yaml`, which holds them table by table with their sources.
-
-Tables 1 and 2 and the ranges of the text are the paper's (Lomurno, D'Oria, Matteucci, ESANN 2024); the importances behind
-Figure 1, the settings and the effective ranks are from its authors' repositories. tests/test_paper.py compares them all.
-"""
+"""The paper's numbers (Lomurno, D'Oria, Matteucci, ESANN 2024), and more from its authors' repositories: see `paper.yaml`."""
 
 from importlib import resources
 

@@ -8,19 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sdlab.report import paper
+from sdlab.report import paper, tables
 from sdlab.report.reference import compare_with_reference, comparison_sentence
 from sdlab.report.remarks import table_remarks
-from sdlab.report.tables import (
-    STAGES_OF_TABLE_1,
-    Experiment,
-    finished_experiments,
-    paper_table_1,
-    paper_table_2,
-    table_1,
-    table_2,
-)
 from sdlab.runs.files import atomic_write, read_json
+from sdlab.runs.records import read_record, record_digest
 from sdlab.settings import Settings
 
 FILES = (  # of notebook 07
@@ -43,13 +35,9 @@ class PrintedTable:
     best_synthetic: pd.DataFrame
 
     @property
-    def ours(self) -> pd.DataFrame:
-        return self.text.query("source == 'ours'")
-
-    @property
     def footnotes(self) -> list[str]:
         """The meaning of the marks, and the paper's data sets that were not run."""
-        run = self.ours.index.get_level_values("dataset")
+        run = self.text.query("source == 'ours'").index.get_level_values("dataset")
         not_run = ", ".join(title for dataset, title in paper.DATASET_TITLES.items() if dataset not in run)
         underlined = "; underlined: best synthetic set" if self.best_synthetic.any(axis=None) else ""
         return [f"Bold: best of the line{underlined}.", *([f"Not run here: {not_run}."] if not_run else [])]
@@ -70,8 +58,8 @@ class PrintedTable:
 
     def to_terminal(self) -> str:
         """Our own lines as columns, which fit the width of a terminal."""
-        filled = self.ours.loc[:, (self.ours != "").any()].set_index(NAMES).rename_axis([None, None])
-        return f"{self.title}\n{filled.T.to_string()}"
+        ours = self.text.query("source == 'ours'").set_index(NAMES).rename_axis([None, None])
+        return f"{self.title}\n{ours.loc[:, (ours != '').any()].T.to_string()}"
 
 
 def escape_markdown(text: str) -> str:
@@ -87,8 +75,7 @@ def lay_out(
     """
     who = table.experiment + ": " + table.base_model + ", " + table.protocol
     rows = pd.concat([published.assign(source="paper", who="paper"), table.assign(source="ours", who=who)])
-    deviations = rows.deviation.map(" ± {:.2f}".format).where(rows.deviation.notna(), "")
-    rows["text"] = rows.cas.map("{:.2f}".format) + deviations
+    rows["text"] = rows.apply(tables.cas_text, axis=1)
     differences = table.dropna(subset="difference").assign(source="difference", who="difference", cas=np.nan)
     differences["text"] = differences.difference.map("{:+.2f}".format)
     lines = pd.concat([rows, differences])
@@ -103,7 +90,7 @@ def lay_out(
     synthetic = [cell for cell in cells if cell.startswith("x")]
     marks = (cas[some].eq(cas[some].max(axis=1), axis=0) for some in (cells, synthetic))
     marks = (mark.reindex(columns=text.columns, fill_value=False) for mark in marks)
-    printed = {cell: cell.replace("_", " ").capitalize() for cell in ("real", *STAGES_OF_TABLE_1)}
+    printed = {cell: cell.replace("_", " ").capitalize() for cell in ("real", *tables.STAGES_OF_TABLE_1)}
     return PrintedTable(title, *(frame.rename(columns=printed) for frame in (text, *marks)))
 
 
@@ -126,13 +113,13 @@ def print_table_1(table: pd.DataFrame) -> PrintedTable:
     """Table 1 as text: CAS after each stage, generation times, and the same classifier on real images."""
     title = "Table 1: CAS (%) and generation time after each stage"
     more = lambda rows: times(rows) | {"Real": f"{rows.real.iloc[0]:.2f}"} | yardsticks(rows)  # noqa: E731
-    return lay_out(title, table, paper_table_1(), list(STAGES_OF_TABLE_1), more)
+    return lay_out(title, table, tables.paper_table_1(), list(tables.STAGES_OF_TABLE_1), more)
 
 
 def print_table_2(table: pd.DataFrame) -> PrintedTable:
     """Table 2 as text: accuracy of the classifier trained on real images, then on x1 ... x10 synthetic ones."""
     title = "Table 2: top-1 accuracy (%) of ResNet20 trained on real images and on synthetic sets of growing size"
-    published = paper_table_2()
+    published = tables.paper_table_2()
     sizes = sorted({*table.cell, *published.cell} - {"real"}, key=lambda cell: int(cell[1:]))
     return lay_out(title, table, published, ["real", *sizes], yardsticks)
 
@@ -157,9 +144,9 @@ def paragraphs(sentences: Sequence[str]) -> str:
     return "\n\n".join(map(escape_markdown, sentences))
 
 
-def experiment_digests(experiments: list[Experiment]) -> dict[str, str]:
+def experiment_digests(experiments: list[tables.Experiment]) -> dict[str, str]:
     """What tables are made from: a digest of each experiment."""
-    return {experiment.name: experiment.digest for experiment in experiments}
+    return {experiment.name: record_digest(read_record(experiment.settings, "05")) for experiment in experiments}
 
 
 def tables_are_current(settings: Settings) -> bool:
@@ -167,19 +154,15 @@ def tables_are_current(settings: Settings) -> bool:
     folder = settings.report_folder
     if not all((folder / name).exists() for name in FILES):
         return False
-    return read_json(folder / "sources.json") == experiment_digests(finished_experiments(settings))
+    return read_json(folder / "sources.json") == experiment_digests(tables.finished_experiments(settings))
 
 
 def terminal_summary(settings: Settings) -> str:
     """Our lines of both tables, their remarks, and how they differ from the committed ones."""
-    experiments = finished_experiments(settings)
-    first, second = table_1(experiments), table_2(experiments)
-    cells = compare_with_reference(settings)
-    parts = [
-        print_table_1(first).to_terminal(),
-        print_table_2(second).to_terminal(),
-        *table_remarks(experiments, first),
-    ]
+    experiments, cells = tables.finished_experiments(settings), compare_with_reference(settings)
+    first, second = tables.table_1(experiments), tables.table_2(experiments)
+    printed = print_table_1(first), print_table_2(second)
+    parts = [*(table.to_terminal() for table in printed), *table_remarks(experiments, first)]
     if cells is not None and cells.noise.notna().all():
         parts.append(cells.drop(columns="other_conditions").round(2).to_string())
-    return "\n\n".join([*parts, comparison_sentence(cells, settings.experiment)])
+    return "\n\n".join([*parts, comparison_sentence(cells, settings.experiment)]).rstrip()

@@ -1,6 +1,5 @@
 """A run's tables compared with the committed ones of the same name, and whether they differ by more than noise."""
 
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -24,7 +23,9 @@ def compare_with_reference(settings: Settings) -> pd.DataFrame | None:
     folders = settings.report_folder.resolve(), (REFERENCE / settings.experiment).resolve()
     if folders[0] == folders[1] or not all((folder / table).exists() for folder in folders for table in TABLES):
         return None
-    ours, committed = (read_cells(folder, settings.experiment) for folder in folders)
+    names = dict(experiment=str, base_model=str)
+    both = (pd.concat([pd.read_csv(folder / table, dtype=names) for table in TABLES]) for folder in folders)
+    ours, committed = (cells[cells.experiment == settings.experiment].set_index("cell") for cells in both)
     ours, committed = ours.align(committed, join="inner")
     other = (ours[CONDITIONS] != committed[CONDITIONS]).apply(lambda row: ", ".join(row.index[row]), axis=1)
     variances = [cells.deviation.fillna(0) ** 2 / cells.seeds for cells in (ours, committed)]
@@ -32,12 +33,6 @@ def compare_with_reference(settings: Settings) -> pd.DataFrame | None:
     cells = pd.DataFrame(dict(ours=ours.cas, committed=committed.cas, difference=ours.cas - committed.cas))
     cells = cells.assign(noise=noise.where(other == ""), other_conditions=other)
     return cells.assign(within=cells.difference.abs() <= cells.noise)
-
-
-def read_cells(folder: Path, experiment: str) -> pd.DataFrame:
-    """The cells of an experiment in both tables of a report folder, by name."""
-    cells = pd.concat([pd.read_csv(folder / table, dtype=dict(experiment=str, base_model=str)) for table in TABLES])
-    return cells[cells.experiment == experiment].set_index("cell")
 
 
 def comparison_sentence(cells: pd.DataFrame | None, experiment: str) -> str:
@@ -51,7 +46,7 @@ def comparison_sentence(cells: pd.DataFrame | None, experiment: str) -> str:
     committed = f"the committed numbers (reports/reference/{experiment}/)"
     if cells.noise.isna().any():
         other = dict.fromkeys(cells.other_conditions[cells.noise.isna()])
-        return f"Not compared with {committed}, which were made with another {' or '.join(other)}."
+        return f"Not compared with {committed}: {', or '.join(other)} differ."
     if (cells.difference == 0).all():
         return f"All {len(cells)} cells equal {committed}."
     errors = 2 * cells.difference.abs() / cells.noise

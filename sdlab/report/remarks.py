@@ -1,7 +1,4 @@
-"""The sentences under the tables: how the numbers were measured, what was chosen, and every deviation from the paper.
-
-They are plain text; `sdlab.report.printing` escapes them for Markdown.
-"""
+"""The sentences under the tables, as plain text: measurement, protocol, result, and every deviation from the paper."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from sdlab.report import paper
-from sdlab.report.tables import Experiment, gains
+from sdlab.report.tables import Experiment, cas_text, gains, table_2
 
 METRICS_NOTE = (
     "CAS: top-1 accuracy (%) on real test images of a ResNet20 trained on generated images only; its plateau, early stopping and "
@@ -47,19 +44,15 @@ def experiment_remarks(experiment: Experiment) -> list[str]:
 
 def chosen_sentence(experiment: Experiment) -> str:
     """The result of an experiment: the size that was chosen without its test score, compared with the real training set."""
-    chosen, real = experiment.metrics("scaling")["chosen"], experiment.metrics("real")["test"]
-    test = experiment.metrics(f"x{int(chosen[1:]):02d}")["test"]
-    split = {"sealed": "validation images", "paper": "the test set"}[experiment.settings.protocol]
-    error = 100 * math.hypot(test["standard_error"], real["standard_error"])
+    table = table_2([experiment]).set_index("cell")
+    real, chosen = table.loc["real"], table[table.chosen].iloc[0]
+    split = {"sealed": "validation images", "paper": "the test set"}[chosen.protocol]
+    error = math.hypot(chosen.standard_error, real.standard_error)
     return (
-        f"{experiment.name}: chosen on {split}: {chosen}, CAS {percent(test)}; real images {percent(real)} "
-        f"({100 * (test['mean'] - real['mean']):+.2f} points; {len(test['accuracy'])} classifier seeds each; standard error of the "
-        f"difference on {test['n']} test images at most {error:.2f})."
+        f"{experiment.name}: chosen on {split}: {chosen.name}, CAS {cas_text(chosen)} %; real images {cas_text(real)} % "
+        f"({chosen.cas - real.cas:+.2f} points; {chosen.seeds} classifier seeds each; standard error of the difference on "
+        f"{chosen.test_images} test images at most {error:.2f})."
     )
-
-
-def percent(test: Mapping) -> str:
-    return f"{100 * test['mean']:.2f}" + ("" if test["std"] is None else f" ± {100 * test['std']:.2f}") + " %"
 
 
 def gains_sentence(who: str, ranges: Mapping) -> str:

@@ -1,8 +1,4 @@
-"""Metrics of finished experiments -> Table 1, Table 2 and Figure 1 as tidy data frames, with the paper's numbers.
-
-A row is a cell of the printed table, and keeps its experiment as a column; `sdlab.report.printing` makes text of it.
-Accuracies are percentages.
-"""
+"""Metrics of finished experiments -> Tables 1 and 2 (a row a cell; percentages) and Figure 1, with the paper's numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +11,7 @@ from sdlab.data.images import ImageDataset
 from sdlab.errors import BadInput
 from sdlab.report import paper
 from sdlab.runs.files import read_json
-from sdlab.runs.records import read_record, record_digest, stage_state
+from sdlab.runs.records import stage_state
 from sdlab.settings import Settings
 
 # The cells of Table 1, and under which name the paper prints the generation time of each.
@@ -37,11 +33,6 @@ class Experiment:
         """The data set's name. A user's own file or folder called like one of the paper's data sets is marked `(own)`."""
         name = self.metrics("data")["name"]
         return f"{name} (own)" if name in paper.DATASETS and self.settings.dataset != name else name
-
-    @property
-    def digest(self) -> str:
-        """A digest of all that its tables are made from."""
-        return record_digest(read_record(self.settings, "05"))
 
     def metrics(self, name: str) -> dict:
         return read_json(self.settings.run_folder / "metrics" / f"{name}.json")
@@ -81,6 +72,10 @@ def cell_numbers(cell: Mapping) -> dict[str, float]:
         images=cell["images"],
         **sampling,
     )
+
+
+def cas_text(row: pd.Series) -> str:
+    return f"{row.cas:.2f}" + ("" if pd.isna(row.deviation) else f" ± {row.deviation:.2f}")
 
 
 def scores_table(cells: Sequence[Mapping]) -> pd.DataFrame:
@@ -125,9 +120,9 @@ def table_2(experiments: Sequence[Experiment]) -> pd.DataFrame:
 
 def join_paper(rows: Sequence[dict], published: pd.DataFrame) -> pd.DataFrame:
     """Our rows with the paper's numbers for the same cells, and the differences; NaN where the paper has none."""
+    published = published.drop(columns=["experiment", "real", "seconds_per_image_step"], errors="ignore")
     published = published.rename(columns=dict(cas="paper", seconds="paper_seconds"))
-    columns = published.columns.intersection(["dataset", "cell", "paper", "paper_seconds"])
-    table = pd.DataFrame(rows).merge(published[columns], how="left", on=["dataset", "cell"])
+    table = pd.DataFrame(rows).merge(published, how="left", on=["dataset", "cell"])
     return table.assign(difference=table.cas - table.paper)
 
 
@@ -135,11 +130,11 @@ def paper_table_1() -> pd.DataFrame:
     """The paper's Table 1 in tidy form, with seconds per image and inference step, and the real baseline of its Table 2."""
     rows = []
     for dataset, cas in paper.TABLE_1_CAS.items():
-        seconds, passes = paper.TABLE_1_SECONDS[dataset], paper.TABLE_1_IMAGES[dataset] * paper.TABLE_1_STEPS_AFTER_1
-        common = dict(dataset=dataset, experiment="", real=paper.TABLE_2[dataset]["real"])
-        common["seconds_per_image_step"] = seconds["after_1"] / passes
-        rows += [common | dict(cell=c, cas=cas[c], seconds=seconds[name]) for c, name in STAGES_OF_TABLE_1.items()]
-    return pd.DataFrame(rows)
+        seconds, steps = paper.TABLE_1_SECONDS[dataset], paper.TABLE_1_IMAGES[dataset] * paper.TABLE_1_STEPS_AFTER_1
+        line = (dataset, "", paper.TABLE_2[dataset]["real"], seconds["after_1"] / steps)
+        rows += [(*line, cell, cas[cell], seconds[name]) for cell, name in STAGES_OF_TABLE_1.items()]
+    columns = ["dataset", "experiment", "real", "seconds_per_image_step", "cell", "cas", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def paper_table_2() -> pd.DataFrame:
@@ -172,5 +167,5 @@ def figure_1(experiments: Sequence[Experiment]) -> pd.DataFrame:
 def figure_1_means(effects: pd.DataFrame) -> pd.DataFrame:
     """The bars of Figure 1: means over data sets, ours and the paper's, and the number of ours."""
     means = effects.pivot_table(values="importance", index=["search", "parameter"], columns="source")
-    means = means.reindex(columns=["ours", "paper"]).assign(difference=lambda bars: bars.ours - bars.paper)
-    return means.assign(**{"ours, data sets": effects[effects.source == "ours"].who.nunique()}).round(2)
+    count = {"ours, data sets": effects[effects.source == "ours"].who.nunique()}
+    return means.assign(difference=means.ours - means.paper, **count).round(2)
