@@ -275,7 +275,7 @@ def test_the_nearest_real_image_of_each_class_is_shown():
             7,
         ),
         (dict(x1=-9.0), "7 of 8 cells .* -9.00 points [(]x1[)], .* as a whole beyond noise", 7),
-        (dict(protocol="paper", seeds=3), "Not compared .*: protocol, seeds differ", 0),
+        (dict(protocol="paper", seeds=3), "Not compared .*, whose conditions differ: protocol, seeds[.]", 0),
         (None, "", None),
     ],
 )

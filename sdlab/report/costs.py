@@ -65,9 +65,8 @@ def plan_table(plan: Mapping, took: Mapping[str, Mapping] | None = None) -> pd.D
 
 
 def format_hours(hours: float) -> str:
-    if hours < 1:
-        return f"{60 * hours:.1f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+    longer = f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+    return f"{60 * hours:.1f} min" if hours < 1 else longer
 
 
 def format_gigabytes(gigabytes: float) -> str:

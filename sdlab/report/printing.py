@@ -69,10 +69,7 @@ def escape_markdown(text: str) -> str:
 def lay_out(
     title: str, table: pd.DataFrame, published: pd.DataFrame, cells: list[str], more: Callable[[pd.DataFrame], dict]
 ) -> PrintedTable:
-    """A line an experiment and, for the paper's data sets, the paper's line and the difference.
-
-    `more` gives the texts that follow the cells, from the rows of a line, which are indexed by cell.
-    """
+    """A line an experiment and, for the paper's data sets, the paper's line and the difference; `more` gives what follows the cells."""
     who = table.experiment + ": " + table.base_model + ", " + table.protocol
     rows = pd.concat([published.assign(source="paper", who="paper"), table.assign(source="ours", who=who)])
     rows["text"] = rows.apply(tables.cas_text, axis=1)
@@ -151,10 +148,8 @@ def experiment_digests(experiments: list[tables.Experiment]) -> dict[str, str]:
 
 def tables_are_current(settings: Settings) -> bool:
     """Whether all files of notebook 07 are in the report folder, and made from the experiments that are finished now."""
-    folder = settings.report_folder
-    if not all((folder / name).exists() for name in FILES):
-        return False
-    return read_json(folder / "sources.json") == experiment_digests(tables.finished_experiments(settings))
+    folder, digests = settings.report_folder, experiment_digests(tables.finished_experiments(settings))
+    return all((folder / name).exists() for name in FILES) and read_json(folder / "sources.json") == digests
 
 
 def terminal_summary(settings: Settings) -> str:

@@ -36,17 +36,14 @@ def compare_with_reference(settings: Settings) -> pd.DataFrame | None:
 
 
 def comparison_sentence(cells: pd.DataFrame | None, experiment: str) -> str:
-    """The result of `compare_with_reference` as a whole; empty for None.
-
-    The run as a whole is within noise if its largest difference is, in standard errors: at most the normal quantile of 2.5 %
-    divided by the number of cells (Bonferroni).
-    """
+    """The result of `compare_with_reference`; empty for None. As a whole a run is within noise if its largest difference is at
+    most as many standard errors as the normal quantile of 2.5 % divided by the number of cells (Bonferroni)."""
     if cells is None:
         return ""
     committed = f"the committed numbers (reports/reference/{experiment}/)"
     if cells.noise.isna().any():
         other = dict.fromkeys(cells.other_conditions[cells.noise.isna()])
-        return f"Not compared with {committed}: {', or '.join(other)} differ."
+        return f"Not compared with {committed}, whose conditions differ: {'; '.join(other)}."
     if (cells.difference == 0).all():
         return f"All {len(cells)} cells equal {committed}."
     errors = 2 * cells.difference.abs() / cells.noise

@@ -46,9 +46,8 @@ def show_nearest_neighbours(generated: Split, real: Split, class_names: Sequence
     nearest, distance = pairwise_distances_argmin_min(*flat)
     classes = np.unique(generated.labels)[:MOST_CLASSES]
     closest = [min(np.flatnonzero(generated.labels == c), key=distance.__getitem__) for c in classes]
-    images = {"generated": generated.images[closest], "nearest real": real.images[nearest[closest]]}
+    figure = show_image_rows({"generated": generated.images[closest], "nearest real": real.images[nearest[closest]]})
     rms = distance[closest] / flat[0].shape[1] ** 0.5
-    figure = show_image_rows(images)
     names = [f"{class_names[c]:.9}\n{value:.1f}" for c, value in zip(classes, rms, strict=True)]
     centres = (np.arange(len(classes)) + 0.5) * generated.images.shape[-1] - 0.5
     figure.axes[0].set_xticks(centres, names, fontsize=7)
