@@ -39,7 +39,7 @@ SAMPLERS = {
     "UniPC 9, guidance 1": ("UniPCMultistepScheduler", 9, 1.0, 1.0),
 }
 COMMAND = "python scripts/compare_samplers.py runs/digits"
-REPORT = Path(__file__).resolve().parents[1] / "reports" / "samplers"
+REPORT = Path(__file__).resolve().parents[1] / "reports" / "reference" / "samplers"
 LINE = -1.0  # points of CAS that a sampler may lose, at most, by its whole interval
 
 

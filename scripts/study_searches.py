@@ -34,7 +34,7 @@ from sdlab.runs.studies import new_pruner, new_sampler
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
 
-TABLE = Path(__file__).resolve().parents[1] / "reports" / "searches" / "measured.json"
+TABLE = Path(__file__).resolve().parents[1] / "reports" / "reference" / "searches" / "measured.json"
 RUNGS = [125, 250, 500, 1000]
 STEPS = [5, 7, 10]
 GUIDANCE = [0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 4.5, 7.5]

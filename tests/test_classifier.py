@@ -233,4 +233,4 @@ def test_a_trained_classifiers_scores_are_kept_and_read_where_they_are_of_the_sa
     for path in tmp_path.glob("classifiers/*.json"):
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BadInput, match=r"\.json is damaged"):
-        train_and_score_classifiers(Experiment(small, data), data.train, [3], ["val", "test"], kept=tmp_path)
+        train_and_score_classifiers(run, data.train, [3], ["val", "test"])

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sdlab.paths import PROJECT_ROOT
+from sdlab.report.printing import FILES
 from sdlab.runs.records import BENCHMARKS, STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
@@ -21,7 +22,8 @@ NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 ORDER = """
 errors parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.storage runs.records runs.run
 data.pixels data.images data.npz data.pictures data.official data.own_images data.datasets data.model_files
-runs.shards runs.verify runs.export importance report.costs report.figures report.tables
+runs.shards runs.verify runs.export importance
+report.costs report.tables report.remarks report.reference report.printing report.samples report.figures
 devices threads class_encoder pipeline base_models runs.resume latents training generation classifier evaluation
 runs.studies search tools.measuring tools.planning tools.cli
 """.split()
@@ -154,15 +156,27 @@ def reports():
 
 def test_reports_are_complete_small_and_name_no_machines_path():
     names = {path.relative_to(PROJECT_ROOT / "reports").as_posix() for path in reports()}
-    for table in ("table_1", "table_2"):
-        assert {f"digits/{table}.{kind}" for kind in ("md", "csv", "tex", "png")} <= names
-    assert {f"digits/{step.stem}.ipynb" for step in STAGES.values()} | {"digits/figure_1.png"} <= names
+    digits = {*FILES, *(f"{step.stem}.ipynb" for step in STAGES.values())}
+    assert {f"reference/digits/{name}" for name in digits} <= names
     for path in reports():
         assert path.stat().st_size <= 2 * 2**20, path
         if path.suffix != ".png":
             text = path.read_text()
             # Any absolute path of two parts or more, whatever the machine: a quote, a space or a line's start before it.
             assert not re.search(r"(?:^|[\s\"'(=]|\\n)(?:/[A-Za-z][\w.-]*){2,}", text, re.MULTILINE), path
+
+
+def test_a_readers_own_runs_leave_the_checkout_clean():
+    names = [
+        "reports/digits/table_1.md",
+        "runs/digits/settings.yaml",
+        "data/x.npz",
+        "reports/reference/digits/table_1.md",
+    ]
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", *names], cwd=PROJECT_ROOT, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == names[:3]
 
 
 def test_executed_reports_hold_results_and_no_errors():

@@ -23,7 +23,7 @@ from sdlab.runs.records import STAGES
 from sdlab.runs.run import Run
 from sdlab.settings import Settings
 from sdlab.tools import cli as workflow
-from sdlab.tools.cli import Watcher, cli, plain_table
+from sdlab.tools.cli import Watcher, cli
 from sdlab.tools.planning import make_plan
 
 
@@ -171,15 +171,6 @@ def test_help_is_quick_and_imports_no_torch():
     code = "import sys, sdlab.workflow; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
     assert "EXPERIMENT is a name in params/" in invoke("--help").output
-
-
-def test_plain_tables_keep_ours_and_leave_the_papers_lines_out():
-    text = "| data set | who | Real |\n| --- | --- | --- |\n| digits | x: tiny | **90** |\n| CIFAR10 | paper | 83.26 |\n| CIFAR10 | ours: not run |  |"
-    assert plain_table(text).splitlines() == [
-        "data set  who      Real  ",
-        "--------  -------  ------",
-        "digits    x: tiny  **90**",
-    ]
 
 
 def test_a_terminal_sees_a_bar_of_what_the_notebook_is_at(tmp_path, capsys):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -123,7 +122,7 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
     for name, number in (("until", until), ("redo", redo)):
         if number not in (None, *STAGES):
             raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STAGES)}.")
-    from sdlab.report.tables import tables_are_current  # pandas is slow to import, and `sdlab --help` needs none
+    from sdlab.report.printing import tables_are_current  # pandas is slow to import, and `sdlab --help` needs none
 
     fetch_dataset(settings)
     fetch_base_model(settings)
@@ -296,43 +295,22 @@ def as_in_notebooks(text: str) -> tuple[str, str]:
 
 
 def publish(settings: Settings) -> None:
-    """Executed notebooks beside the tables, for readers on the web."""
+    """Copy the executed notebooks to the report folder, for readers on the web."""
     for path in sorted((settings.run_folder / "notebooks").glob("*.ipynb")):
-        with atomic_write(settings.report_folder / path.name) as beside:
-            shutil.copyfile(path, beside)
+        with atomic_write(settings.report_folder / path.name) as part:
+            shutil.copyfile(path, part)
 
 
 def show_tables(settings: Settings) -> None:
-    """Print the two tables and where everything is."""
-    for name in ("table_1", "table_2"):
-        table, _, remarks = (settings.report_folder / f"{name}.md").read_text(encoding="utf-8").partition("\n\nBold")
-        click.echo("\n" + plain_table(table))
-    click.echo("\nBold" + remarks)
+    """Print both tables, how they differ from the committed ones, and the places of all files."""
+    from sdlab.report.printing import terminal_summary  # pandas is slow to import
+
+    folder = relative_to_project(settings.report_folder)
+    click.echo(f"\n{terminal_summary(settings)}\n")
     click.echo(
-        f"\nFigures: {', '.join(relative_to_project(path) for path in sorted(settings.report_folder.glob('*.png')))}"
+        f"Figures: {', '.join(f'{folder}/{path.name}' for path in sorted(settings.report_folder.glob('*.png')))}"
     )
-    click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {relative_to_project(settings.report_folder)}/")
-
-
-def plain_table(markdown: str) -> str:
-    """A Markdown table with aligned columns; lines of data sets that were not run, and the paper's, left out."""
-    lines = []
-    for line in markdown.replace("<u>", "_").replace("</u>", "_").splitlines():
-        cells = [re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
-        if not line.startswith("| "):
-            lines.append(line)
-        elif len(cells) < 2 or cells[1] not in ("paper", "difference", "ours: not run"):
-            lines.append(cells)
-    rows = [line for line in lines if isinstance(line, list)]
-    widths = [max(len(row[i]) for row in rows if set(row[i]) != {"-"}) for i in range(len(rows[0]))]
-    text = []
-    for line in lines:
-        if isinstance(line, list):
-            line = "  ".join(
-                ("-" * w if cell == "---" else cell.ljust(w)) for cell, w in zip(line, widths, strict=True)
-            )
-        text.append(line)
-    return "\n".join(text)
+    click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {folder}/")
 
 
 def relative_to_project(path: Path) -> str:
@@ -543,7 +521,6 @@ def plan(settings: Settings, again: bool) -> None:
     Times a few real steps, and fetches nothing.
     """
     from sdlab.report.costs import load_plan, measured_costs, plan_sentences, plan_table
-    from sdlab.report.tables import to_markdown
 
     made, took = load_plan(settings), measured_costs(settings)
     if again or made is None:
@@ -556,7 +533,7 @@ def plan(settings: Settings, again: bool) -> None:
         click.echo("The plan that the first notebook made (--again times anew):\n")
     first, *sentences = plan_sentences(made)
     click.echo(f"{first}\n")
-    click.echo(plain_table(to_markdown(plan_table(made, took))))
+    click.echo(plan_table(made, took).set_index("notebook").rename_axis(None).to_string())
     click.echo("\n" + "\n".join(sentences))
 
 

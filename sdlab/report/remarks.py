@@ -1,0 +1,65 @@
+"""The sentences under the tables, as plain text: measurement, protocol, result, and every deviation from the paper."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from sdlab.report import paper
+from sdlab.report.tables import Experiment, cas_text, gains, table_2
+
+METRICS_NOTE = (
+    "CAS: top-1 accuracy (%) on real test images of a ResNet20 trained on generated images only; its plateau, early stopping and "
+    "choice of weights watch real validation images. Mean ± deviation over classifier seeds. To read it against: the binomial "
+    "standard errors of the test and the validation set (s.e., the largest of the line) and the accuracy of always answering the "
+    "most frequent class (majority)."
+)
+
+
+def table_remarks(experiments: Sequence[Experiment], table: pd.DataFrame) -> list[str]:
+    """All remarks under both tables; `table` is Table 1 of these experiments."""
+    of_experiments = [sentence for experiment in experiments for sentence in experiment_remarks(experiment)]
+    ranges = [gains_sentence("Ours", gains(table)), gains_sentence("Paper", paper.TEXT_RANGES)]
+    return [METRICS_NOTE, *of_experiments, *ranges]
+
+
+def experiment_remarks(experiment: Experiment) -> list[str]:
+    """The result, the protocol, the findings about the data, and the settings that are not the paper's."""
+    data, settings, name = experiment.metrics("data"), experiment.settings, experiment.name
+    readings = len((settings.run_folder / "test_readings.jsonl").read_text().splitlines())
+    seen = {
+        "sealed": "validation images; the test set only filled the tables",
+        "paper": "the test set, as in the paper",
+    }
+    protocol = (
+        f"{name}: protocol {settings.protocol}: every decision of the run (trials, epochs, early stopping, size) saw "
+        f"{seen[settings.protocol]} ({readings} readings of the test set on record). Base model {data['base_model']}; "
+        f"{sum(data['counts']['test'])} test images; always answering the most frequent class scores "
+        f"{100 * data['majority_share_test']:.1f} %; classifier images {settings.image_size} px."
+    )
+    cuts = ", ".join(f"{key} {value} ({papers})" for key, (value, papers) in settings.deviations().items())
+    deviations = [f"{name}: settings that differ from the paper's (in brackets): {cuts}."] if cuts else []
+    return [chosen_sentence(experiment), protocol, f"{name}: data: {' '.join(data['findings'])}", *deviations]
+
+
+def chosen_sentence(experiment: Experiment) -> str:
+    """The result of an experiment: the size that was chosen without its test score, compared with the real training set."""
+    table = table_2([experiment]).set_index("cell")
+    real, chosen = table.loc["real"], table[table.chosen].iloc[0]
+    split = {"sealed": "validation images", "paper": "the test set"}[chosen.protocol]
+    error = math.hypot(chosen.standard_error, real.standard_error)
+    return (
+        f"{experiment.name}: chosen on {split}: {chosen.name}, CAS {cas_text(chosen)} %; real images {cas_text(real)} % "
+        f"({chosen.cas - real.cas:+.2f} points; {chosen.seeds} classifier seeds each; standard error of the difference on "
+        f"{chosen.test_images} test images at most {error:.2f})."
+    )
+
+
+def gains_sentence(who: str, ranges: Mapping) -> str:
+    """`ranges` as `sdlab.report.tables.gains` returns them."""
+    pairs = [ranges["after_2"], ranges["after_4"]]
+    after_2, after_4 = (f"{low:+.2f}" if low == high else f"{low:+.2f} to {high:+.2f}" for low, high in pairs)
+    return (
+        f"{who}: since stage 1, CAS changes by {after_2} points after stage 2 and by {after_4} after stage 4; stage 2 saves up to "
+        f"{ranges['time_saved_after_2_percent']:.1f} % of the generation time."
+    )
