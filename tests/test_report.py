@@ -38,7 +38,7 @@ def experiment(settings, dataset, shift=0.0):
     write_json(metrics / "data.json", data)
     for step, accuracy in enumerate((0.3, 0.5, 0.45, 0.8), start=1):
         point = dict(class_encoder_epoch=2, unet_epoch=0, num_inference_steps=50 // step, guidance_scale=1.5)
-        write_json(metrics / f"after_{step}.json", dict(title=f"After {step}", point=point, images=4000, generation_seconds=100.0 / step,
+        write_json(metrics / f"after_{step}.json", dict(title=f"After {step}", config=point, images=4000, generation_seconds=100.0 / step,
                    seconds_per_image_step=0.001, val=scored([accuracy]* 3), test=scored([accuracy + shift, accuracy + shift + 0.02])))  # fmt: skip
     for name, accuracy in (("real", 0.9), ("x01", 0.8), ("x02", 0.85), ("x03", 0.82)):
         write_json(

@@ -25,7 +25,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def plot_losses(history: Sequence[Mapping], part: str) -> Figure:
     """Mean loss and learning rate of each epoch; the title says how long an epoch took."""
     table = pd.DataFrame(history).set_index("epoch")
-    title = f"{part}: {table.steps.sum()} training steps, {table.seconds.median():.1f} s an epoch"
+    title = f"{part}: {table.train_steps.sum()} training steps, {table.seconds.median():.1f} s an epoch"
     look = dict(style=[".-", ":"], figsize=(7, 2.8), grid=True, ylabel="noise MSE", title=title)
     return table[["loss", "learning_rate"]].plot(secondary_y="learning_rate", **look).figure
 
@@ -46,7 +46,7 @@ def top_trials(search: Mapping, count: int = 5) -> pd.DataFrame:
 
 def finalists_table(search: Mapping) -> pd.DataFrame:
     """The finalists, the chosen one first: CAS (%) in the search, and `again` with fresh noise and more classifier seeds."""
-    columns = {"number": "trial", "point.num_inference_steps": "IS", "point.guidance_scale": "UGS"}
+    columns = {"number": "trial", "config.num_inference_steps": "IS", "config.guidance_scale": "UGS"}
     shares = {"value": "CAS_in_search", "again.mean": "CAS_again", "again.std": "deviation"}
     finalists = pd.json_normalize(search["finalists"]).reindex(columns=[*columns, *shares])
     finalists[[*shares]] = 100 * finalists[[*shares]].astype(float)

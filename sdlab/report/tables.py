@@ -56,7 +56,7 @@ def finished_experiments(settings: Settings) -> list[Experiment]:
 def cell_numbers(cell: Mapping) -> dict[str, float]:
     """The numbers of one scored training set (`metrics/<name>.json`), accuracies in percent; of a generated one, its sampling."""
     test, val = cell["test"], cell["val"]
-    sampling = dict(cell.get("point", {}))
+    sampling = dict(cell.get("config", {}))
     if sampling:
         sampling |= dict(seconds=cell["generation_seconds"], seconds_per_image_step=cell["seconds_per_image_step"])
     return dict(
