@@ -6,8 +6,8 @@ Both run tests/smoke.yaml (each its own file) in this Python environment, on the
 contents, not files, because file names and record forms may differ:
 
 * latents, checkpoints, resume states: every array, byte for byte
-* synthetic sets: images and labels, byte for byte and in order, whatever the name of the set
-* scores of all cells, trials and finalists of both searches, chosen points, importances, training losses: exact
+* synthetic sets: images and labels, byte for byte and in order, whatever the name of the set; there may be more of them now
+* scores of all cells, trials and finalists of both searches, chosen configs, importances, training losses: exact
 
 Exit status 1 if anything differs, or if there is nothing to compare.
 """
@@ -43,12 +43,12 @@ CELLS = [f"metrics/{name}.json" for name in ("after_1", "after_2", "after_3", "a
 SEARCHES = ("metrics/search_1.json", "metrics/search_2.json")
 HISTORIES = ("class_encoder/history.json", "unet/history.json")
 SCORES = ("accuracy", "mean", "std", "top5", "balanced", "recall", "n")
-POINT = ("num_inference_steps", "guidance_scale", "class_encoder_epoch", "unet_epoch")
+CONFIG = ("num_inference_steps", "guidance_scale", "class_encoder_epoch", "unet_epoch")
 RECORDS = {
     "scores": [(cell, split, SCORES) for cell in CELLS for split in ("val", "test")],
     "trials": [(path, "trials", ("number", "state", "params", "intermediate", "value")) for path in SEARCHES],
-    "finalists": [(path, "finalists", ("number", "value", *POINT, *SCORES)) for path in SEARCHES],
-    "chosen": [*((path, "best", POINT) for path in SEARCHES), ("metrics/scaling.json", "", ("chosen", *POINT))],
+    "finalists": [(path, "finalists", ("number", "value", *CONFIG, *SCORES)) for path in SEARCHES],
+    "chosen": [*((path, "best", CONFIG) for path in SEARCHES), ("metrics/scaling.json", "", ("chosen", *CONFIG))],
     "importances": [("metrics/importance.json", "", ("search_1", "search_2"))],
     "losses": [(path, "epochs", ("epoch", "loss", "learning_rate")) for path in HISTORIES],
 }  # fmt: skip
@@ -145,9 +145,11 @@ def compare(old: Path, new: Path) -> bool:
     for kind in before:
         named = not kind.startswith("synthetic")  # a set's name is the hash of a record
         lost, added = unmatched(before[kind], now[kind], named), unmatched(now[kind], before[kind], named)
-        total, equal = max(len(before[kind]), len(now[kind])), len(before[kind]) - len(lost)
-        all_equal &= equal == total > 0
-        click.echo(f"{kind:<16} {equal:>6} of {total} equal")
+        total, more = len(before[kind]), 0
+        if not named:  # further sets, which only illustrate a notebook, change no result
+            more, added = len(added), []
+        all_equal &= total > 0 and not lost and not added
+        click.echo(f"{kind:<16} {total - len(lost):>6} of {total} equal{f', {more} more now' if more else ''}")
         for side, lines in (("before", lost), ("now", added)):
             click.echo("".join(f"    only {side}: {line}\n" for line in lines[:MOST_NAMES]), nl=False)
     return all_equal
@@ -187,7 +189,7 @@ def smoke_run(checkout: Path, folder: Path) -> Path:
 
 @click.command(help=__doc__.partition("\n")[0])
 @click.argument("commit", default="ee1ccb2")
-@click.option("--keep", type=click.Path(path_type=Path), help="Folder for the runs; a later call goes on from there.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Folder for the runs; a later call continues there.")
 def main(commit: str, keep: Path | None) -> None:
     commit = git("rev-parse", "--verify", f"{commit}^{{commit}}")
     with tempfile.TemporaryDirectory() as temporary:

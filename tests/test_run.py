@@ -42,7 +42,7 @@ class Named:
 def do(settings, number, content="x"):
     """Run a step that writes one file."""
     run = Run(settings, STAGES[number].stem)
-    path = run.metrics(f"of_{number}")
+    path = run.metrics_path(f"of_{number}")
     write_json(path, content)
     run.finish(path)
     return path
@@ -131,15 +131,15 @@ def test_a_result_that_is_not_there_is_not_recorded(settings):
     """A cell was left out, or interrupted."""
     run = Run(settings, "00_data_and_base_model")
     with pytest.raises(BadInput, match=r"of_00\.json is missing: run all cells above"):
-        run.finish(run.metrics("of_00"))
+        run.finish(run.metrics_path("of_00"))
     assert stage_state(settings, "00").state == "begun"
     run.lock.release()
 
 
 def test_data_or_base_model_that_changed_under_an_experiment_are_refused(settings):
     run = Run(settings, "00_data_and_base_model", Named("data"), Named("base"))
-    run.keep("of_00", 1)
-    run.finish(run.metrics("of_00"))
+    run.save_metrics("of_00", 1)
+    run.finish(run.metrics_path("of_00"))
     Run(settings, "01_class_encoder", Named("data"), Named("base")).lock.release()
     for data, base, said in (("other", "base", "`dataset`"), ("data", "other", "`base_model`")):
         with pytest.raises(BadInput, match=f"The {said} is no longer the one"):
@@ -150,7 +150,7 @@ def test_a_finished_step_keeps_what_it_has(settings):
     path = do(settings, "00")
     before = path.read_bytes()
     run = Run(settings, "00_data_and_base_model")
-    assert run.keep("of_00", {"new": (1, 2)}) == {"new": [1, 2]}
+    assert run.save_metrics("of_00", {"new": (1, 2)}) == {"new": [1, 2]}
     assert path.read_bytes() == before
 
 
@@ -159,7 +159,7 @@ def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):
     before = (settings.run_folder / "records" / "00.json").read_bytes()
     run = Run(settings, "00_data_and_base_model")
     assert run.finished
-    run.finish(run.metrics("of_00"))
+    run.finish(run.metrics_path("of_00"))
     assert (settings.run_folder / "records" / "00.json").read_bytes() == before
 
 

@@ -97,6 +97,19 @@ class ImageDataset:
             sha.update(np.ascontiguousarray(split.images).tobytes() + np.ascontiguousarray(split.labels).tobytes())
         return sha.hexdigest()
 
+    def summary(self) -> dict:
+        """What notebook 00 shows and records, and the tables print."""
+        return dict(
+            name=self.name,
+            source=self.source,
+            findings=self.findings(),
+            classes=list(self.class_names),
+            counts=self.counts(),
+            fingerprint=self.fingerprint(),
+            majority_share_test=self.majority_share("test"),
+            majority_share_val=self.majority_share("val"),
+        )
+
     def training_images(self, indices: Sequence[int], size: int) -> np.ndarray:
         """Training images for the base model: uint8 (n, 3, h, w), of their own size or of `size`."""
         return self.train.images[indices] if self.source_images is None else self.source_images(indices, size)

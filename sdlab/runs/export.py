@@ -84,7 +84,7 @@ def description(settings: Settings, images: int | None) -> dict:
         images=images or chosen["images"],
         classes=made["classes"],
         synthetic=made["synthetic"],
-        point=made["point"],
+        config=made["config"],
         chosen=dict(images=chosen["images"], protocol=scaling["protocol"], test_accuracy=scores),
     )
 

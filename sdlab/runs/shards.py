@@ -21,8 +21,8 @@ def read_manifest(folder: Path) -> dict:
     check_fields(manifest, dict(key=str, plan=dict, made_from=dict | None, shards=dict), path)
     check_fields(manifest["plan"], dict(shard_size=int, seed=int), path)
     if manifest["made_from"]:
-        made_from = check_fields(manifest["made_from"], dict(point=dict, checkpoints=dict, labels=str), path)
-        check_fields(made_from["point"], dict(class_encoder_epoch=int, unet_epoch=int), path)
+        made_from = check_fields(manifest["made_from"], dict(config=dict, checkpoints=dict, labels=str), path)
+        check_fields(made_from["config"], dict(class_encoder_epoch=int, unet_epoch=int), path)
         if not made_from["checkpoints"].keys() <= {"class_encoder", "unet"}:
             raise BadInput(f"{path} is damaged (its checkpoints are of no part): move it away and run its step again.")
     for index, noted in manifest["shards"].items():

@@ -230,7 +230,7 @@ class Verification:
             return
         self.seen[name] = True
         for part, sha in (manifest["made_from"] or {}).get("checkpoints", {}).items():
-            epoch = manifest["made_from"]["point"][f"{part}_epoch"]
+            epoch = manifest["made_from"]["config"][f"{part}_epoch"]
             with contextlib.suppress(BadInput):
                 if checkpoint_sha(self.folder / part, epoch) != sha:
                     why = f"made with another {part}/epoch_{epoch:02d} than is there now"
