@@ -190,13 +190,6 @@ class Settings:
     scaling_max: int = setting(10, "largest synthetic set, in sizes of the real training set", steps="05", low=1)
     importance_forests: int = setting(20, "fANOVA forests, one a seed: mean and spread", steps="06", low=1)
 
-    # Notebook 08, which belongs to no experiment.
-    benchmark_images: int = setting(250, "images that notebook 08 generates, and trains an epoch on", low=2)
-    benchmark_parts: str = setting(
-        "generation class_encoder unet judge series", "what notebook 08 times, of these: all five by default"
-    )
-    benchmark_repetitions: int = setting(5, "of every measurement of notebook 08", low=2)
-
     # ------------------------------------------------------------------------------------------- reading
 
     @classmethod
@@ -294,9 +287,6 @@ class Settings:
                     f"`search_{search}_min_epoch` to `search_{search}_max_epoch` is {low} to {high}: "
                     f"the checkpoints will be epochs 1 to {epochs} (`{what}_epochs`)."
                 )
-        parts = Settings.benchmark_parts.split()
-        if not self.benchmark_parts.split() or not set(self.benchmark_parts.split()) <= set(parts):
-            raise BadInput(f"`benchmark_parts` is {self.benchmark_parts!r}: allowed are some of `{' '.join(parts)}`.")
         if self.classifier_steps and self.classifier_steps < self.classifier_epochs:
             raise BadInput(
                 f"`classifier_steps` is {self.classifier_steps}, fewer than the {self.classifier_epochs} checks "

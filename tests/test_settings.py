@@ -48,8 +48,6 @@ def test_defaults_are_the_papers():
         ({"compile_unet": 1}, "true or false"),
         ({"compile_unet": "yes"}, "true or false"),
         ({"guidance_start": 0.8, "guidance_stop": 0.2}, "guidance acts between them"),
-        ({"benchmark_parts": "judge speed"}, "some of `generation class_encoder"),
-        ({"benchmark_parts": ""}, "some of `generation class_encoder"),
         ({"guidance_stop": 1.2}, "0.0 to 1.0"),
         ({"weight_decay": float("nan")}, "finite"),
         ({"weight_decay": None}, "a number"),
@@ -158,9 +156,6 @@ def test_every_setting_says_what_it_is_and_which_steps_depend_on_it():
         "resume_minutes",
         "compile_unet",
         "data_root",
-        "benchmark_images",
-        "benchmark_parts",
-        "benchmark_repetitions",
     }
     for f in dataclasses.fields(Settings):
         assert f.metadata["text"]

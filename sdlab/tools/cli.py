@@ -27,7 +27,6 @@ from sdlab.runs.export import export_set
 from sdlab.runs.files import atomic_write, cannot_write, folder_size, is_inside, write_errno
 from sdlab.runs.locks import Lock
 from sdlab.runs.records import (
-    BENCHMARKS,
     STAGES,
     WRITES,
     Stage,
@@ -557,17 +556,6 @@ def plan(settings: Settings, again: bool) -> None:
     click.echo(f"{first}\n")
     click.echo(plain_table(to_markdown(plan_table(made, took))))
     click.echo("\n" + "\n".join(sentences))
-
-
-@cli.command()
-@with_settings
-def benchmark(settings: Settings) -> None:
-    """Time each part beside what one would otherwise run, on this machine (notebook 08)."""
-    with exclusive_command(settings, "sdlab benchmark"):
-        seconds = execute_notebook(settings, BENCHMARKS)
-    publish(settings)
-    click.echo((settings.report_folder / "benchmarks.md").read_text(encoding="utf-8"))
-    click.echo(f"{relative_to_project(settings.report_folder)}/, in {seconds / 60:.1f} minutes.")
 
 
 @cli.command()
