@@ -43,6 +43,7 @@ def main(experiment: str) -> None:
     except PapermillExecutionError as error:
         sentence = f"The notebook failed in cell [{error.exec_count}] with {error.ename}: {error.evalue}"
         raise click.ClickException(error.evalue if error.ename == "BadInput" else sentence) from None
+    executed.metadata["papermill"]["input_path"] = "benchmarks.ipynb"  # else all of its cells
     text = nbformat.writes(executed).replace(f"{PROJECT_ROOT}/", "")  # no path of this machine
     (settings.folder / "benchmarks.ipynb").write_text(text, encoding="utf-8")
     click.echo((settings.folder / "benchmarks.md").read_text(encoding="utf-8"))
