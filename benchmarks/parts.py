@@ -338,57 +338,50 @@ class Classifiers:
         self.accuracy["ours"] += [score.accuracy for score in scores["test"]]
 
     def usual(self) -> None:
-        for seed in self.seeds("usual"):
-            accuracy = train_usual_classifier(*self.loaders, self.data.num_classes, self.recipe, seed, self.device)
-            self.accuracy["usual"].append(accuracy)
+        self.accuracy["usual"] += [self.train_usual_classifier(seed) for seed in self.seeds("usual")]
 
+    def train_usual_classifier(self, seed: int) -> float:
+        """The recipe of `train_classifier` written like a PyTorch tutorial. Returns the test accuracy."""
+        recipe, device, (train, val, test) = self.recipe, self.device, self.loaders
+        torch.manual_seed(seed)
+        model = ResNet20(self.data.num_classes, recipe.filters).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", factor=0.1, patience=recipe.patience - 1, threshold=0.0, min_lr=recipe.min_learning_rate
+        )
+        steps = recipe.steps or len(train) * recipe.epochs
+        checks = {round(steps * (epoch + 1) / recipe.epochs) for epoch in range(recipe.epochs)}
+        best_accuracy, best_weights, checks_since_best = -1.0, None, 0
+        batches = itertools.chain.from_iterable(itertools.repeat(train))
+        for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
+            model.train()
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device), label_smoothing=recipe.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            if step in checks:
+                val_accuracy = self.usual_accuracy(model, val)
+                plateau.step(val_accuracy)
+                checks_since_best += 1
+                if val_accuracy > best_accuracy:
+                    best_accuracy, best_weights, checks_since_best = val_accuracy, copy.deepcopy(model.state_dict()), 0
+            if checks_since_best >= recipe.stop_patience:
+                break
+        model.load_state_dict(best_weights)
+        return self.usual_accuracy(model, test)
 
-def train_usual_classifier(
-    train: DataLoader, val: DataLoader, test: DataLoader, num_classes: int, recipe: ClassifierRecipe, seed: int,
-    device: torch.device,
-) -> float:  # fmt: skip
-    """The recipe of `train_classifier` written like a PyTorch tutorial. Returns the accuracy on `test`."""
-    torch.manual_seed(seed)
-    model = ResNet20(num_classes, recipe.filters).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, mode="max", factor=0.1, patience=recipe.patience - 1, threshold=0.0, min_lr=recipe.min_learning_rate
-    )
-    steps = recipe.steps or len(train) * recipe.epochs
-    checks = {round(steps * (epoch + 1) / recipe.epochs) for epoch in range(recipe.epochs)}
-    best_accuracy, best_weights, checks_since_best = -1.0, None, 0
-    batches = itertools.chain.from_iterable(itertools.repeat(train))
-    for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
-        model.train()
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images.to(device)), labels.to(device), label_smoothing=recipe.label_smoothing)
-        loss.backward()
-        optimizer.step()
-        if step in checks:
-            val_accuracy = usual_accuracy(model, val, device)
-            plateau.step(val_accuracy)
-            checks_since_best += 1
-            if val_accuracy > best_accuracy:
-                best_accuracy, best_weights, checks_since_best = val_accuracy, copy.deepcopy(model.state_dict()), 0
-        if checks_since_best >= recipe.stop_patience:
-            break
-    model.load_state_dict(best_weights)
-    return usual_accuracy(model, test, device)
+    @torch.no_grad()
+    def usual_accuracy(self, model: ResNet20, loader: DataLoader) -> float:
+        model.eval()
+        correct = sum(int((model(images.to(self.device)).argmax(1).cpu() == labels).sum()) for images, labels in loader)
+        return correct / len(loader.dataset)
 
-
-@torch.no_grad()
-def usual_accuracy(model: ResNet20, loader: DataLoader, device: torch.device) -> float:
-    model.eval()
-    correct = sum(int((model(images.to(device)).argmax(1).cpu() == labels).sum()) for images, labels in loader)
-    return correct / len(loader.dataset)
-
-
-def accuracy_sentence(accuracy: dict[str, list[float]]) -> str:
-    """Mean and deviation of both ways' accuracies, their difference and its standard error."""
-    percent = 100 * pd.DataFrame(accuracy)
-    texts = [f"{way} {percent[way].mean():.2f} ± {percent[way].std():.2f} %" for way in percent]
-    difference, error = percent.ours.mean() - percent.usual.mean(), math.hypot(*percent.sem())
-    return (
-        f"Accuracy on test images: {', '.join(texts)} ({len(percent)} classifiers each; difference {difference:+.2f} "
-        f"points, standard error {error:.2f})."
-    )
+    def accuracy_sentence(self) -> str:
+        """Mean and deviation of both ways' test accuracies, their difference and its standard error."""
+        percent = 100 * pd.DataFrame(self.accuracy)
+        texts = [f"{way} {percent[way].mean():.2f} ± {percent[way].std():.2f} %" for way in percent]
+        difference, error = percent.ours.mean() - percent.usual.mean(), math.hypot(*percent.sem())
+        return (
+            f"Accuracy on test images: {', '.join(texts)} ({len(percent)} classifiers each; difference {difference:+.2f} "
+            f"points, standard error {error:.2f})."
+        )
