@@ -22,8 +22,8 @@ faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py
 
-benchmarks: setup $(VENV)/reference/.done  ## Each part timed beside what one would otherwise run: minutes on a quiet machine
-	$(BIN)/sdlab benchmark benchmarks
+benchmarks: setup $(VENV)/reference/.done  ## Each part and the usual way to do the same, timed: minutes on a quiet machine
+	$(BIN)/python benchmarks/run.py cpu
 
 lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks
@@ -34,7 +34,7 @@ dashboard: setup  ## optuna-dashboard over the searches of EXPERIMENT, on 127.0.
 lint: setup  ## ruff and nbstripout, as pre-commit runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb benchmarks/*.ipynb
 
 setup: $(VENV)/.done
 

@@ -1,10 +1,10 @@
 """Pretrain `tiny`, the embedded base model: a latent diffusion model of glyphs.
 
-It plays Stable Diffusion's part at a size that fits in git and on two CPU cores: diffusers'
+It stands in for Stable Diffusion at a size that fits in git and on two CPU cores: diffusers'
 AutoencoderKL and a cross-attention UNet2DConditionModel that know letters and digits *in general*,
 from the fonts that matplotlib ships, and have never seen a handwritten digit. The UNet is conditioned
 by eight small text-like tokens (character, font, colours, geometry, rendering). Like SD's text encoder
-they are thrown away: what remains is a UNet that listens to (tokens, width) embeddings.
+they are thrown away; a UNet with cross-attention on (tokens, width) embeddings remains.
 
     python scripts/pretrain_tiny.py vae  --state ~/tiny-state --steps 2400
     python scripts/pretrain_tiny.py unet --state ~/tiny-state --steps 14000
@@ -12,8 +12,8 @@ they are thrown away: what remains is a UNet that listens to (tokens, width) emb
 
 (docs/log.md says how the committed weights were made, which differs in one point.)
 
-Everything random is drawn from (seed, step), so a run that was cut resumes from its state file and the
-first steps repeat exactly on one machine at equal thread count. `train_log.csv` lies beside the state.
+Every random number derives from (seed, step), so an interrupted run resumes from its state file, and the
+first steps repeat exactly on one machine with the same number of threads. `train_log.csv` is in the state's folder.
 """
 
 import csv
@@ -40,8 +40,8 @@ TOKENS, WIDTH = 8, 64  # of encoder_hidden_states
 LATENT_CHANNELS = 8
 RESOLUTIONS = (8, 10, 12, 16, 24, 32)  # a glyph is averaged down to one of these, then bilinearly up to SIZE
 RESOLUTION_SHARES = (0.30, 0.15, 0.15, 0.15, 0.10, 0.15)
-# How often each of the eight tokens is left out. Geometry and font are mostly unsaid, so that the model
-# varies what it was not told: a class condition is one condition for many different images.
+# How often each of the eight tokens is left out. Geometry and font mostly are, so that the model
+# varies what it was not given: a class condition is one condition for many different images.
 TOKEN_DROPOUT = (0.05, 0.5, 0.3, 0.3, 0.7, 0.3, 0.3, 0.3)
 CONDITION_DROPOUT = 0.1  # classifier-free guidance (Ho and Salimans 2022): all tokens zero
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
@@ -79,7 +79,7 @@ def render(path: Path, character: str) -> np.ndarray:
 
 
 def glyph_batch(count: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Images (count, 3, 32, 32) in [-1, 1] and what is told about each."""
+    """Images (count, 3, 32, 32) in [-1, 1] and the attributes of each: character, font, ink, paper, geometry, rendering."""
     bank, fonts = glyph_bank()
 
     def uniform(*shape, low=0.0, high=1.0):
@@ -133,13 +133,13 @@ def glyph_batch(count: int, generator: torch.Generator) -> tuple[torch.Tensor, d
     images = paper[:, :, None, None] * (1 - mask) + ink[:, :, None, None] * mask
 
     rendering = torch.stack([stroke, blur, resolution], 1)
-    told = dict(character=character, font=font, ink=ink * 2 - 1, paper=paper * 2 - 1, geometry=geometry,
+    attributes = dict(character=character, font=font, ink=ink * 2 - 1, paper=paper * 2 - 1, geometry=geometry,
                 rendering=rendering)  # fmt: skip
-    return images * 2 - 1, told
+    return images * 2 - 1, attributes
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """A blur of its own width (pixels, 0 means none) for every image of (count, 1, h, w)."""
+    """Blur each image of (count, 1, h, w) with its own width (pixels; 0: none)."""
     offsets = torch.arange(-4.0, 5.0)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -149,7 +149,7 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 class ThrowawayTextEncoder(torch.nn.Module):
-    """What is told about a glyph -> eight tokens (count, 8, 64). Not kept: the Class-Encoder takes its place."""
+    """A glyph's attributes -> eight tokens (count, 8, 64). It is thrown away: the Class-Encoder takes its place."""
 
     def __init__(self, fonts: int):
         super().__init__()
@@ -162,25 +162,25 @@ class ThrowawayTextEncoder(torch.nn.Module):
         for embedding in (self.character, self.character_style, self.font):
             torch.nn.init.normal_(embedding.weight, std=0.5)
 
-    def forward(self, told: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-        tokens = [self.character(told["character"]), self.font(told["font"]), self.ink(told["ink"]),
-                  self.paper(told["paper"]), self.geometry(told["geometry"]), self.rendering(told["rendering"]),
-                  self.character_style(told["character"]), self.constant.expand(len(keep), -1)]  # fmt: skip
+    def forward(self, attributes: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
+        tokens = [self.character(attributes["character"]), self.font(attributes["font"]), self.ink(attributes["ink"]),
+                  self.paper(attributes["paper"]), self.geometry(attributes["geometry"]), self.rendering(attributes["rendering"]),
+                  self.character_style(attributes["character"]), self.constant.expand(len(keep), -1)]  # fmt: skip
         return torch.stack(tokens, 1) * keep[:, :, None]
 
 
 def keep_tokens(count: int, generator: torch.Generator) -> torch.Tensor:
-    """1 where a token is told, 0 where it is left out: (count, 8)."""
+    """1 where a token is given, 0 where it is left out: (count, 8)."""
     keep = torch.rand(count, TOKENS, generator=generator) >= torch.tensor(TOKEN_DROPOUT)
-    told_at_all = torch.rand(count, 1, generator=generator) >= CONDITION_DROPOUT
-    return (keep & told_at_all).float()
+    conditional = torch.rand(count, 1, generator=generator) >= CONDITION_DROPOUT
+    return (keep & conditional).float()
 
 
 # ---------------------------------------------------------------------------------------------- models
 
 
 def new_vae() -> AutoencoderKL:
-    """32 px <-> (8, 4, 4): eight times smaller in each direction, as SD's."""
+    """32 px <-> (8, 4, 4): eight times smaller in each direction, like Stable Diffusion's."""
     channels = (16, 32, 64, 64)
     return AutoencoderKL(in_channels=3, out_channels=3, block_out_channels=channels, layers_per_block=1,
                          down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -209,28 +209,28 @@ class Trainer:
 
     def __init__(self, stage: str, module: torch.nn.Module, state: Path, lr: float, drawn_from: list[int]):
         self.stage, self.module, self.path, self.lr, self.step = stage, module, state / f"{stage}.pt", lr, 0
-        self.drawn_from = drawn_from  # seed and batch size: a run that resumes has to have the same
+        self.drawn_from = drawn_from  # seed and batch size, which must not change on resume
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         state.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = torch.load(self.path, weights_only=True)
-            if kept["drawn_from"] != drawn_from:
-                found = "seed {} and batch size {}".format(*kept["drawn_from"])
+            saved = torch.load(self.path, weights_only=True)
+            if saved["drawn_from"] != drawn_from:
+                found = "seed {} and batch size {}".format(*saved["drawn_from"])
                 raise click.ClickException(f"{self.path} was made with {found}: give the same, or another --state.")
-            module.load_state_dict(kept["module"])
-            self.optimizer.load_state_dict(kept["optimizer"])
-            self.ema, self.step = kept["ema"], kept["step"]
+            module.load_state_dict(saved["module"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.ema, self.step = saved["ema"], saved["step"]
 
     def save(self) -> None:
-        kept = dict(
+        saved = dict(
             module=self.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
             ema=self.ema,
             step=self.step,
             drawn_from=self.drawn_from,
         )
-        torch.save(kept, self.path.with_suffix(".part"))
+        torch.save(saved, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
 
     def run(self, loss_of_step, steps: int, log_every: int = 50, save_every: int = 500) -> None:
@@ -325,10 +325,10 @@ def unet(state: Path, seed: int, threads: int, steps: int, batch_size: int) -> N
 
     def loss_of_step(step):
         # Each glyph is shown twice, at timesteps t and 999 - t: drawing and encoding cost a third of a step, and the
-        # pair evens out the noise levels of a batch. What is told of it differs between the two.
+        # pair evens out the noise levels of a batch. Different tokens are left out for the two.
         generator = step_generator(seed, "unet", step)
-        images, told = glyph_batch(batch_size // 2, generator)
-        told = {name: torch.cat([value, value]) for name, value in told.items()}
+        images, attributes = glyph_batch(batch_size // 2, generator)
+        attributes = {name: torch.cat([value, value]) for name, value in attributes.items()}
         with torch.no_grad():
             latents = autoencoder.encode(images).latent_dist.mean * autoencoder.config.scaling_factor
         latents = torch.cat([latents, latents])
@@ -336,7 +336,7 @@ def unet(state: Path, seed: int, threads: int, steps: int, batch_size: int) -> N
         timesteps = torch.randint(0, 1000, (batch_size // 2,), generator=generator)
         timesteps = torch.cat([timesteps, 999 - timesteps])
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        tokens = both["text"](told, keep_tokens(len(latents), generator))
+        tokens = both["text"](attributes, keep_tokens(len(latents), generator))
         loss = F.mse_loss(both["unet"](noisy, timesteps, tokens).sample, noise)
         return loss, loss.item()
 
@@ -352,12 +352,12 @@ def export(state: Path, seed: int, threads: int, to: Path) -> None:
     autoencoder, scheduler = load_vae(state), DDIMScheduler(**SCHEDULER)
     both = torch.nn.ModuleDict(dict(unet=new_unet(), text=ThrowawayTextEncoder(len(glyph_bank()[1]))))
     both.load_state_dict(torch.load(state / "unet.pt", weights_only=True)["ema"])
-    # Half precision halves what git holds; loading makes float32 of it again, and the samples are drawn with that.
+    # Half precision halves the files in git. The samples are drawn with the same values, as float32.
     for name, model in (("vae", autoencoder), ("unet", both["unet"])):
         model.half().save_pretrained(to / name)
         model.float()
     scheduler.save_pretrained(to / "scheduler")
-    # Of the text encoder only its shape stays, as SD's config gives it: what a Class-Encoder has to match.
+    # Only the shape of the text encoder stays, in the form of SD's config: a Class-Encoder has to match it.
     (to / "text_encoder").mkdir(exist_ok=True)
     shape = dict(max_position_embeddings=TOKENS, hidden_size=WIDTH)
     (to / "text_encoder" / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
@@ -366,20 +366,20 @@ def export(state: Path, seed: int, threads: int, to: Path) -> None:
 
 @torch.no_grad()
 def draw_samples(autoencoder, both, scheduler, path: Path, columns: int = 16) -> None:
-    """Six rows: drawn, the same decoded, then 0-9 A-F generated with different tokens left out."""
+    """Six rows: drawn glyphs, the same decoded, then 0-9 A-F generated with different tokens left out."""
     generator = step_generator(1, "samples", 0)
-    drawn, told = glyph_batch(columns, generator)
+    drawn, attributes = glyph_batch(columns, generator)
     decoded = autoencoder.decode(autoencoder.encode(drawn).latent_dist.mean).sample
     rows = [drawn, decoded]
-    told["character"] = torch.arange(columns)
-    for colour in (told["ink"], told["paper"]):
-        colour[:] = colour[:1] * 0 + (1 if colour is told["ink"] else -1)
-    told["rendering"] = told["rendering"] * 0
-    told["rendering"][:, 2] = -1.0  # 8 px
+    attributes["character"] = torch.arange(columns)
+    for colour in (attributes["ink"], attributes["paper"]):
+        colour[:] = colour[:1] * 0 + (1 if colour is attributes["ink"] else -1)
+    attributes["rendering"] = attributes["rendering"] * 0
+    attributes["rendering"][:, 2] = -1.0  # 8 px
     for guidance, left_out in ((1.0, (1, 4)), (2.0, (1, 4)), (2.0, (1, 4, 5)), (2.0, (1, 2, 3, 4, 5))):
         keep = torch.ones(columns, TOKENS)
         keep[:, list(left_out)] = 0
-        tokens = torch.cat([both["text"](told, keep * 0), both["text"](told, keep)])
+        tokens = torch.cat([both["text"](attributes, keep * 0), both["text"](attributes, keep)])
         scheduler.set_timesteps(25)
         latents = torch.randn(columns, LATENT_CHANNELS, SIZE // 8, SIZE // 8, generator=generator)
         for timestep in scheduler.timesteps:

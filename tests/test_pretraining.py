@@ -47,10 +47,10 @@ def test_the_unet_learns_from_the_vae_of_its_state_folder(tmp_path, monkeypatch)
 
 
 def test_glyphs_vary_and_stay_in_range():
-    images, told = script.glyph_batch(64, torch.Generator().manual_seed(0))
+    images, attributes = script.glyph_batch(64, torch.Generator().manual_seed(0))
     assert images.shape == (64, 3, 32, 32) and images.min() >= -1 and images.max() <= 1
     assert images.flatten(1).std(1).min() > 0.01  # ink on every one
-    assert 0.3 < (told["character"] < 10).float().mean() < 0.7
+    assert 0.3 < (attributes["character"] < 10).float().mean() < 0.7
     again, _ = script.glyph_batch(64, torch.Generator().manual_seed(0))
     assert torch.equal(images, again)
 
@@ -62,11 +62,11 @@ def test_fonts_are_matplotlibs_own_and_differ():
     assert (bank[0] - bank[-1]).abs().mean() > 0.01
 
 
-def test_what_is_told_reaches_the_condition_and_can_be_left_out():
-    _, told = script.glyph_batch(4, torch.Generator().manual_seed(0))
+def test_attributes_reach_the_condition_and_can_be_left_out():
+    _, attributes = script.glyph_batch(4, torch.Generator().manual_seed(0))
     encoder = script.ThrowawayTextEncoder(len(script.glyph_bank()[1]))
-    full = encoder(told, torch.ones(4, 8))
-    assert full.shape == (4, 8, 64) and not encoder(told, torch.zeros(4, 8)).any()
+    full = encoder(attributes, torch.ones(4, 8))
+    assert full.shape == (4, 8, 64) and not encoder(attributes, torch.zeros(4, 8)).any()
     keep = script.keep_tokens(20000, torch.Generator().manual_seed(0))
     expected = 1 - (1 - script.CONDITION_DROPOUT) * (1 - torch.tensor(script.TOKEN_DROPOUT))
     assert torch.allclose(1 - keep.mean(0), expected, atol=0.02)

@@ -15,9 +15,10 @@ from packaging.utils import canonicalize_name
 
 from sdlab.paths import PROJECT_ROOT
 from sdlab.report.printing import FILES
-from sdlab.runs.records import BENCHMARKS, STAGES
+from sdlab.runs.records import STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = """
 errors parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.storage runs.records runs.run
@@ -108,10 +109,10 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_there_is_a_notebook_for_every_step():
-    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in (*STAGES.values(), BENCHMARKS)]
+    assert [path.stem for path in NOTEBOOKS] == [step.stem for step in STAGES.values()]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *BENCHMARKS], ids=lambda p: p.stem)
 def test_notebooks_are_thin_stripped_and_have_one_parameters_cell(path):
     notebook = nbformat.read(path, 4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
@@ -122,7 +123,8 @@ def test_notebooks_are_thin_stripped_and_have_one_parameters_cell(path):
     lines = [line for c in code for line in c.source.splitlines() if line.strip()]
     assert len(lines) <= 110 and not [line for line in lines if line.startswith(("def ", "class "))]
     first = notebook.cells[0].source
-    assert first.startswith(f"# {path.stem[:2]} ") and "| reads | writes | minutes" in first
+    title = f"# {path.stem[:2]} " if path in NOTEBOOKS else f"# {path.stem.capitalize()}\n"
+    assert first.startswith(title) and "| reads | writes | minutes" in first
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -149,15 +151,15 @@ def test_imports_run_one_way():
 
 def reports():
     tracked = subprocess.run(
-        ["git", "ls-files", "reports"], cwd=PROJECT_ROOT, capture_output=True, text=True
+        ["git", "ls-files", "reports", "benchmarks/results"], cwd=PROJECT_ROOT, capture_output=True, text=True
     ).stdout.split()
     return [PROJECT_ROOT / name for name in tracked]
 
 
 def test_reports_are_complete_small_and_name_no_machines_path():
-    names = {path.relative_to(PROJECT_ROOT / "reports").as_posix() for path in reports()}
+    names = {path.relative_to(PROJECT_ROOT).as_posix() for path in reports()}
     digits = {*FILES, *(f"{step.stem}.ipynb" for step in STAGES.values())}
-    assert {f"reference/digits/{name}" for name in digits} <= names
+    assert {f"reports/reference/digits/{name}" for name in digits} <= names
     for path in reports():
         assert path.stat().st_size <= 2 * 2**20, path
         if path.suffix != ".png":

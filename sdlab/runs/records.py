@@ -61,7 +61,6 @@ WRITES = {
     "06": ("metrics/importance.json",),
     "07": ("metrics/tables.json",),
 }
-BENCHMARKS = Stage("08", "benchmarks", ())  # of no experiment
 
 
 def now() -> str:

@@ -27,7 +27,6 @@ from sdlab.runs.files import atomic_write, cannot_write, folder_size, is_inside,
 from sdlab.runs.locks import Lock
 from sdlab.runs.parameters import from_yaml, read_parameters
 from sdlab.runs.records import (
-    BENCHMARKS,
     STAGES,
     WRITES,
     Stage,
@@ -535,17 +534,6 @@ def plan(settings: Settings, again: bool) -> None:
     click.echo(f"{first}\n")
     click.echo(plan_table(made, took).set_index("notebook").rename_axis(None).to_string())
     click.echo("\n" + "\n".join(sentences))
-
-
-@cli.command()
-@with_settings
-def benchmark(settings: Settings) -> None:
-    """Time each part beside what one would otherwise run, on this machine (notebook 08)."""
-    with exclusive_command(settings, "sdlab benchmark"):
-        seconds = execute_notebook(settings, BENCHMARKS)
-    publish(settings)
-    click.echo((settings.report_folder / "benchmarks.md").read_text(encoding="utf-8"))
-    click.echo(f"{relative_to_project(settings.report_folder)}/, in {seconds / 60:.1f} minutes.")
 
 
 @cli.command()

@@ -116,7 +116,6 @@ PARAMETERS = [
     parameters("rungs upside down", r"`search_first_images` is 60, more than `search_images`", search_first_images=60),
     parameters("epochs not trained", r"`search_1_min_epoch` .* will be epochs 1 to 2", search_1_max_epoch=9),
     parameters("guidance upside down", r"`guidance_start` is 0.9, above `guidance_stop`", guidance_start=0.9, guidance_stop=0.1),
-    parameters("benchmark part", r"`benchmark_parts` is 'speed': allowed are some of", benchmark_parts="speed"),
     parameters("too few steps", r"`classifier_train_steps` is 1, fewer than the 2 checks", classifier_train_steps=1),
     parameters("experiment that is a path", r"`experiment` is '\.\.': it names a folder, so", experiment=".."),
     parameters("experiment with a slash", r"`experiment` is 'a/b': it names a folder, so", experiment="a/b"),

@@ -35,9 +35,10 @@ UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code"}
 
 
 def sources():
-    for path in [*(PROJECT_ROOT / "sdlab").rglob("*.py"), *(PROJECT_ROOT / "scripts").glob("*.py")]:
+    folders = (PROJECT_ROOT / name for name in ("sdlab", "scripts", "benchmarks"))
+    for path in [path for folder in folders for path in folder.rglob("*.py")]:
         yield path.name, path.read_text()
-    for path in (PROJECT_ROOT / "notebooks").glob("*.ipynb"):
+    for path in [*(PROJECT_ROOT / "notebooks").glob("*.ipynb"), *(PROJECT_ROOT / "benchmarks").glob("*.ipynb")]:
         cells = json.loads(path.read_text())["cells"]
         yield path.name, "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
