@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 
 from sdlab.errors import BadInput
-from sdlab.parameters import notebook_parameters, read_parameters
+from sdlab.paths import project_path
+from sdlab.runs.parameters import notebook_parameters, read_parameters
 from sdlab.runs.records import cpu_name
-from sdlab.settings import PROJECT_ROOT, Settings, setting
+from sdlab.settings import Settings, setting
 
 PARTS = ("generation", "scaling", "classifiers", "class_encoder", "unet")
 
@@ -25,9 +26,9 @@ PARTS = ("generation", "scaling", "classifiers", "class_encoder", "unet")
 class BenchmarkSettings(Settings):
     """The settings of an experiment, and what is timed with them."""
 
-    images: int = setting(250, "images that are generated, and that an epoch trains on", low=10)
-    parts: str = setting(" ".join(PARTS), "the parts to time")
-    repetitions: int = setting(5, "repetitions of each measurement", low=2)
+    images: int = setting(250, "", "images that are generated, and that an epoch trains on", low=10)
+    parts: str = setting(" ".join(PARTS), "", "the parts to time")
+    repetitions: int = setting(5, "", "repetitions of each measurement", low=2)
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> "BenchmarkSettings":
@@ -36,8 +37,8 @@ class BenchmarkSettings(Settings):
         path = Path(__file__).with_name(f"{given.get('experiment')}.yaml")
         return cls.from_mapping((read_parameters(path) if path.is_file() else {}) | given)
 
-    def check_together(self) -> None:
-        super().check_together()
+    def check(self) -> None:
+        super().check()
         if not self.parts.split() or not set(self.parts.split()) <= set(PARTS):
             raise BadInput(f"`parts` is {self.parts!r}: allowed are some of `{' '.join(PARTS)}`, separated by spaces.")
         if self.images % self.shard_size:
@@ -49,7 +50,7 @@ class BenchmarkSettings(Settings):
     @property
     def folder(self) -> Path:
         """Where the results are written; git ignores it."""
-        return PROJECT_ROOT / Path(self.runs_root).expanduser() / "benchmarks" / self.experiment
+        return project_path(self.runs_root) / "benchmarks" / self.experiment
 
 
 def time_in_turn(ways: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device) -> pd.DataFrame:

@@ -26,17 +26,21 @@ from comparison import BenchmarkSettings, synchronize, time_in_turn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdlab.base_models import BaseModel, load_base_model, load_without_weights, make_scheduler
+from sdlab.base_models import BaseModel, load_base_model, load_without_weights
 from sdlab.classifier import ClassifierRecipe, ResNet20
 from sdlab.data.images import ImageDataset
 from sdlab.data.model_files import is_available_locally
 from sdlab.data.pixels import to_model, to_uint8
 from sdlab.errors import BadInput
 from sdlab.evaluation import train_and_score_classifiers
-from sdlab.generation import GenerationPlan, generate, prepare_unet, uniform_labels
+from sdlab.generation import GenerationPlan, generate, uniform_labels
 from sdlab.latents import encode_images
-from sdlab.settings import PROJECT_ROOT, Settings
-from sdlab.threads import derive_seed
+from sdlab.paths import PROJECT_ROOT
+from sdlab.runs.run import Experiment
+from sdlab.sampling import prepare_unet
+from sdlab.schedulers import make_scheduler
+from sdlab.seeds import derive_seed
+from sdlab.settings import Settings
 from sdlab.training import TrainingPlan, train
 
 SILENT = functools.partial(tqdm, disable=True)
@@ -268,8 +272,8 @@ class Training:
             )  # fmt: skip
             synchronize(base.device)
             encoding = time.perf_counter() - started
-            epoch = train(self.plan, base, encoder, moments, self.labels, Path(folder) / "part", None, SILENT)[-1]
-        return encoding / self.epochs + epoch["seconds"]
+            (epoch,) = train(self.plan, base, encoder, moments, self.labels, Path(folder) / "part", None, SILENT)
+        return encoding / self.epochs + epoch.seconds
 
     def usual(self) -> float:
         """Seconds of an epoch as diffusers' examples train: encode, add noise, predict, step."""
@@ -314,7 +318,7 @@ class Classifiers:
         from torchvision.transforms import ToTensor
 
         self.settings, self.data, self.device = settings, data, device
-        self.recipe, self.repetition = ClassifierRecipe.of(settings), {"ours": 0, "usual": 0}
+        self.recipe, self.repetition = ClassifierRecipe.from_settings(settings), {"ours": 0, "usual": 0}
         self.accuracy: dict[str, list[float]] = {"ours": [], "usual": []}
         self.loaders = []
         for split in (data.train, data.val, data.test):
@@ -332,9 +336,9 @@ class Classifiers:
         return [derive_seed("benchmark", self.repetition[way], i) for i in range(self.settings.classifier_seeds)]
 
     def ours(self) -> None:
-        scores = train_and_score_classifiers(
-            self.data.train, self.data, self.settings, self.seeds("ours"), ["test"], SILENT
-        )
+        experiment = Experiment(self.settings, self.data)
+        experiment.progress = SILENT
+        scores = train_and_score_classifiers(experiment, self.data.train, self.seeds("ours"), ["test"])
         self.accuracy["ours"] += [score.accuracy for score in scores["test"]]
 
     def usual(self) -> None:
@@ -349,7 +353,7 @@ class Classifiers:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, "max", factor=0.1, patience=recipe.patience - 1, threshold=0.0, min_lr=recipe.min_learning_rate
         )
-        steps = recipe.steps or len(train) * recipe.epochs
+        steps = recipe.train_steps or len(train) * recipe.epochs
         checks = {round(steps * (epoch + 1) / recipe.epochs) for epoch in range(recipe.epochs)}
         best_accuracy, best_weights, checks_since_best = -1.0, None, 0
         batches = itertools.chain.from_iterable(itertools.repeat(train))

@@ -15,8 +15,8 @@ from comparison import BenchmarkSettings
 from papermill.exceptions import PapermillExecutionError
 
 from sdlab.errors import BadInput
-from sdlab.parameters import read_parameters
-from sdlab.settings import PROJECT_ROOT
+from sdlab.paths import PROJECT_ROOT
+from sdlab.runs.parameters import read_parameters
 
 HERE = Path(__file__).resolve().parent
 

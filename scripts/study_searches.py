@@ -30,12 +30,14 @@ from sdlab.base_models import load_base_model
 from sdlab.data.datasets import load_dataset
 from sdlab.data.images import Split
 from sdlab.evaluation import load_optimum, train_and_score_classifiers
-from sdlab.generation import SamplingConfig, generate_images, load_pipeline, plan_generation
+from sdlab.generation import generate_images, plan_generation
+from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import write_json
 from sdlab.runs.run import Run
-from sdlab.runs.studies import new_pruner, new_sampler
-from sdlab.settings import PROJECT_ROOT, Settings, parameter_file
-from sdlab.threads import derive_seed
+from sdlab.sampling import SamplingConfig, load_pipeline
+from sdlab.search import new_pruner, new_sampler
+from sdlab.seeds import derive_seed
+from sdlab.settings import Settings, parameter_file
 
 FOLDER = PROJECT_ROOT / "runs" / "searches"
 REFERENCE = PROJECT_ROOT / "reports" / "reference" / "searches" / "measured.json"
@@ -71,22 +73,20 @@ def measure(experiment: str, table: Path) -> None:
         name = f"{steps}/{guidance:g}/{epoch}"
         if name in measured["points"]:
             continue
-        point = SamplingConfig(
-            class_encoder_epoch=class_encoder_epoch,
-            unet_epoch=epoch,
+        config = SamplingConfig(
             num_inference_steps=steps,
             guidance_scale=guidance,
+            class_encoder_epoch=class_encoder_epoch,
+            unet_epoch=epoch,
         )
-        pipeline, scores = load_pipeline(run, base, point), {}
+        pipeline, scores = load_pipeline(run, config), {}
         for noise, rungs in (("search", RUNGS), ("fresh", [LAST])):
-            plan = plan_generation(run, base, data, point, derive_seed(noise, "study"))
+            plan = plan_generation(run, config, derive_seed(noise, "study"))
             images = np.concatenate([generate_images(pipeline, plan, range(i, i + 250)) for i in range(0, LAST, 250)])
             for rung in rungs:
                 seeds = [derive_seed(noise, "study's classifier", i) for i in range(CLASSIFIERS)]
                 train = Split(images[:rung], plan.labels_of(0, rung))
-                result = train_and_score_classifiers(
-                    train, data, settings, seeds, ["val", "test"], SILENT, searching=True
-                )
+                result = train_and_score_classifiers(run, train, seeds, ["val", "test"], searching=True)
                 scores[f"{noise}/{rung}"] = {split: [s.accuracy for s in result[split]] for split in result}
         measured["points"][name] = scores
         write_json(table, measured)

@@ -148,8 +148,7 @@ class Settings:
                 raise BadInput(f"The parameters name no `{name}`: a parameter file begins with `{name}: <name>`.")
         settings = cls(**{name: check_value(fields[name], value) for name, value in given.items()})
         object.__setattr__(settings, "_given", dict(given))
-        check_places(settings)
-        check_together(settings)
+        settings.check()
         return settings
 
     @classmethod
@@ -181,6 +180,11 @@ class Settings:
                 f"one with papermill -f.{did_you_mean(str(experiment), known)}"
             )
         return cls.from_mapping(given)
+
+    def check(self) -> None:
+        """Raises `BadInput` for an impossible place or two settings that contradict each other."""
+        check_places(self)
+        check_together(self)
 
     # ------------------------------------------------------------------------------------------- asking
 

@@ -17,7 +17,7 @@ from test_pipeline import REFERENCE
 
 from sdlab import base_models
 from sdlab.errors import BadInput
-from sdlab.settings import PROJECT_ROOT
+from sdlab.paths import PROJECT_ROOT
 
 sys.path.insert(0, str(PROJECT_ROOT / "benchmarks"))
 from comparison import BenchmarkSettings, compare, save_results, time_in_turn
@@ -74,7 +74,7 @@ def test_an_epoch_trains_the_same_part_both_ways(settings, base, data, part, mon
 
 def test_both_ways_of_training_classifiers_learn(settings, data):
     """On images whose class a bright bar tells: the same recipe, so both learn it."""
-    easy = dataclasses.replace(settings, classifier_steps=60, classifier_epochs=6, classifier_learning_rate=1e-2)
+    easy = dataclasses.replace(settings, classifier_train_steps=60, classifier_epochs=6, classifier_learning_rate=1e-2)
     classifiers = Classifiers(easy, data, CPU)
     classifiers.ours()
     classifiers.usual()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sdlab.settings import PROJECT_ROOT, Settings
+from sdlab.paths import PROJECT_ROOT
+from sdlab.settings import Settings
 
 sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
 import study_searches as script
