@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sdlab.data.model_configs import check_configs, check_shapes
 from sdlab.data.model_files import (
     CONFIGS,
     PARTS,
     PINNED,
     SHAPES,
     base_model_folder,
-    check_configs,
-    check_shapes,
     hash_weights,
     list_files,
     list_weight_files,

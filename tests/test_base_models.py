@@ -116,7 +116,7 @@ def test_an_index_that_points_elsewhere_is_refused(settings, base_folder, tmp_pa
     folder = saved_as(base_folder, tmp_path / "other", dict(max_shard_size="100KB"))
     index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}}))
-    with pytest.raises(BadInput, match=r"names '../../secret.safetensors': shards lie beside it"):
+    with pytest.raises(BadInput, match=r"names '../../secret.safetensors': shards have to be in the same folder"):
         load_base_model(dataclasses.replace(settings, base_model=str(folder)))
 
 
@@ -356,3 +356,15 @@ def test_the_fingerprint_follows_the_weights(settings, base, v_base_folder):
         base.fingerprint()
         != load_base_model(dataclasses.replace(settings, base_model=str(v_base_folder))).fingerprint()
     )
+
+
+def test_a_hub_caches_folder_is_its_only_snapshot(settings, base_folder, tmp_path):
+    """`models--owner--name` of a cache has the model below `snapshots/<commit>`."""
+    cache = tmp_path / "models--owner--name"
+    (cache / "refs").mkdir(parents=True)
+    shutil.copytree(base_folder, cache / "snapshots" / "0123abc")
+    wanted = dataclasses.replace(settings, base_model=str(cache))
+    assert load_base_model(wanted).fingerprint() == load_base_model(settings).fingerprint()
+    shutil.copytree(base_folder, cache / "snapshots" / "4567def")
+    with pytest.raises(BadInput, match="2 snapshots: give one of its folders snapshots/0123abc, snapshots/4567def"):
+        load_base_model(wanted)
