@@ -22,12 +22,14 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def plot_losses(history: Sequence[Mapping], part: str) -> Figure:
-    """Mean loss and learning rate of each epoch; the title says how long an epoch took."""
+def plot_losses(history: Sequence, part: str) -> Figure:
+    """Mean loss and learning rate of each epoch, from `training.EpochRecord`s; the title says how long an epoch took."""
     table = pd.DataFrame(history).set_index("epoch")
     title = f"{part}: {table.train_steps.sum()} training steps, {table.seconds.median():.1f} s an epoch"
-    look = dict(style=[".-", ":"], figsize=(7, 2.8), grid=True, ylabel="noise MSE", title=title)
-    return table[["loss", "learning_rate"]].plot(secondary_y="learning_rate", **look).figure
+    ax = table.loss.plot(style=".-", figsize=(7, 2.8), grid=True, title=title, label="loss")
+    ax.set_ylabel("noise MSE")
+    table.learning_rate.plot(ax=ax, secondary_y=True, style=":", color="0.5").set_ylabel("learning rate (dotted)")
+    return ax.figure
 
 
 def trials_table(search: Mapping) -> pd.DataFrame:
