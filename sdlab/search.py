@@ -25,7 +25,8 @@ from sdlab.data.images import ImageDataset
 from sdlab.data.pixels import save_image_grid
 from sdlab.evaluation import deciding_split, load_optimum, summarize, train_and_score_classifiers
 from sdlab.generation import SamplingConfig, generate_set
-from sdlab.runs.files import file_lock, read_json, sha256_of_json
+from sdlab.runs.files import file_lock, read_json
+from sdlab.runs.records import search_lineage
 from sdlab.runs.run import Run
 from sdlab.runs.studies import (
     POLL,
@@ -94,7 +95,7 @@ def run_search(
     with raise_on_storage_error(settings):
         with file_lock(run.folder / ".locks" / "storage"):  # one process makes it
             study = open_study(settings, search)
-            check_lineage(study, sha256_of_json([run.record["settings"], run.record["upstream"], run.record["inputs"]]))
+            check_lineage(study, search_lineage(run.record))
             check_folder(study, run.folder)
         artifacts = AtomicArtifactStore(run.folder / "artifacts")
         done = count_finished(study)

@@ -23,20 +23,23 @@ from typing import Any
 import yaml
 
 from sdlab.errors import BadInput
+from sdlab.runs.aside import move_results_aside
 from sdlab.runs.files import (
     atomic_write,
     folder_size,
     partial_writes,
     raise_on_write_error,
     remove_partial_writes,
-    sha256_of_file,
-    write_hashed_json,
     write_json,
 )
 from sdlab.runs.locks import Lock
 from sdlab.runs.progress import Progress
 from sdlab.runs.records import (
     STAGES,
+    FileHash,
+    Reason,
+    StageRecord,
+    State,
     check_stage,
     environment,
     environment_change,
@@ -44,7 +47,7 @@ from sdlab.runs.records import (
     now,
     read_record,
     record_digest,
-    record_path,
+    write_record,
 )
 from sdlab.runs.storage import check_storage
 from sdlab.settings import Settings
@@ -52,7 +55,7 @@ from sdlab.settings import Settings
 # Of a training: clocked times, and a state that is of use only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
 SHARED = ("settings.yaml", "test_readings.jsonl")  # by all steps
-BESIDE = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
+SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
 
 
 def peak_memory() -> int:
@@ -63,22 +66,6 @@ def peak_memory() -> int:
         if used:
             return used
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def new_aside_folder(folder: Path) -> Path:
-    """`aside/<now>/` of a run, where nothing reads; not made yet."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = (f"{stamp}{more}" for more in ("", *(f"-{i}" for i in range(2, 1000))))
-    return next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
-
-
-def move_aside(folder: Path, paths: list[Path], aside: Path) -> None:
-    """Move files and folders of a run below `aside`. Raises `BadInput`."""
-    with raise_on_write_error(aside):
-        for path in paths:
-            target = aside / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
 
 
 class Run:
@@ -95,19 +82,19 @@ class Run:
     """
 
     def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None, helping: bool = False):
-        self.settings, self.step, self.folder = settings, STAGES[stem[:2]], settings.run_folder
+        self.settings, self.stage, self.folder = settings, STAGES[stem[:2]], settings.run_folder
         given = dict(data=data, base_model=base)
         self.inputs = {name: value.fingerprint() for name, value in given.items() if value is not None}
-        state = check_stage(settings, self.step.number)
+        state = check_stage(settings, self.stage.number)
         self.check_inputs()
-        if settings.storage and state.state != "done" and self.step.number <= "04":  # long before the first search
+        if settings.storage and state.state != State.DONE and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
         self.started, self.lock, self.helping = time.monotonic(), None, helping
         if helping:
-            self.record = read_record(settings, self.step.number)
-            self.finished = self.record is None or state.state == "done"
+            self.record = read_record(settings, self.stage.number)
+            self.finished = self.record is None or state.state == State.DONE
         else:
-            self.finished = state.state == "done" or not self.begin(base)
+            self.finished = state.state == State.DONE or not self.begin(base)
         told = not (self.finished or helping)
         self.progress = functools.partial(Progress, self.folder / "progress.json" if told else None)
 
@@ -115,7 +102,7 @@ class Run:
         """Raises `BadInput` if the data set or the base model changed under the experiment."""
         first = read_record(self.settings, "00")
         for name, found in self.inputs.items():
-            if first is not None and first.get("inputs", {}).get(name) != found:
+            if first is not None and first.inputs.get(name) != found:
                 raise BadInput(
                     f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that 00_data_and_base_model "
                     f"saw in {self.folder} (its content differs): restore it, or give the experiment another name."
@@ -123,44 +110,43 @@ class Run:
 
     def begin(self, base: Any) -> bool:
         """Take the folder and record the step as begun; False if another process finished it meanwhile."""
-        self.lock = Lock(self.folder / ".lock", self.folder, self.step.stem)
+        self.lock = Lock(self.folder / ".lock", self.folder, self.stage.stem)
         if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # `sdlab run` says it itself
             print(self.lock.note)
         remove_partial_writes(partial_writes(self.folder))
-        if check_stage(self.settings, self.step.number).state == "done":
+        state = check_stage(self.settings, self.stage.number)
+        if state.state == State.DONE:
             self.lock.release()
             return False
-        before = read_record(self.settings, self.step.number)
-        self.record = dict(
-            step=self.step.stem,
-            settings=self.settings.of_stage(self.step.number),
-            upstream={n: record_digest(read_record(self.settings, n)) for n in self.step.upstream},
+        if state.reason == Reason.MORE_TRIALS:
+            move_results_aside(self.settings, self.stage.number)
+        before = read_record(self.settings, self.stage.number)
+        self.record = StageRecord(
+            stage=self.stage.stem,
+            settings=self.settings.of_stage(self.stage.number),
+            upstream={n: record_digest(read_record(self.settings, n)) for n in self.stage.upstream},
             inputs=self.inputs,
-            outputs={},
-            begun=before["begun"] if before else now(),
-            opened=f"{now()} by process {os.getpid()}",
-            finished=None,
-            seconds=before["seconds"] + self.lost_seconds(before) if before else 0.0,
+            begun=before.begun if before else now(),
             opened_at=time.time(),
-            made_with=environment(base),
-            made_with_before=[],
+            environment=environment(base),
+            seconds=before.seconds + self.lost_seconds(before) if before else 0.0,
         )
         if before:
-            means = [*before.get("made_with_before", []), before.get("made_with", {})]
-            self.record["made_with_before"] = [m for m in means if environment_differences(m, self.record["made_with"])]
+            earlier = [*before.earlier_environments, before.environment]
+            self.record.earlier_environments = [e for e in earlier if environment_differences(e, self.record.environment)]
             if note := environment_change(self.record):
                 print(note)
-        write_hashed_json(record_path(self.settings, self.step.number), self.record)
+        write_record(self.settings, self.record)
         # After the record, which says that it is this step's.
         with atomic_write(self.folder / "settings.yaml") as beside:
             beside.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         return True
 
-    def lost_seconds(self, before: dict) -> float:
+    def lost_seconds(self, before: StageRecord) -> float:
         """How long an attempt was at work that did not finish: until it last said how far it was."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             said = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
-            return round(max(said["time"] - before["opened_at"], 0.0), 1)
+            return round(max(said["time"] - before.opened_at, 0.0), 1)
         return 0.0
 
     def finish(self, *outputs: Path) -> None:
@@ -176,36 +162,34 @@ class Run:
             if not below:
                 raise BadInput(f"{output} is missing: run all cells above this one first.")
             files += below
-        self.record["outputs"] = {
-            path.relative_to(self.folder).as_posix(): dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
+        self.record.outputs = {
+            path.relative_to(self.folder).as_posix(): FileHash.of(path)
             for path in files
             if path.name not in NOT_OUTPUTS
         }
-        self.record["beside"] = self.hashes_beside()
-        self.record["finished"] = now()
-        self.record["measured"] = dict(
-            folder_bytes=folder_size(self.folder),
-            peak_memory_bytes=peak_memory(),
-        )
-        self.record["seconds"] += round(time.monotonic() - self.started, 1)
+        self.record.side_outputs = self.hash_side_outputs()
+        self.record.finished = now()
+        self.record.measured = dict(folder_bytes=folder_size(self.folder), peak_memory_bytes=peak_memory())
+        self.record.seconds += round(time.monotonic() - self.started, 1)
         shutil.rmtree(self.begun, ignore_errors=True)  # all of it is in the results by now
-        write_hashed_json(record_path(self.settings, self.step.number), self.record)
+        write_record(self.settings, self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
 
-    def hashes_beside(self) -> dict[str, dict]:
+    def hash_side_outputs(self) -> dict[str, FileHash]:
         """Of what no later step reads, but a reader looks at: histories, the plan, trials' pictures, readings of the test set.
 
         Files that only grow are hashed as long as they are now.
         """
         others = set()  # what other steps wrote
-        for number in STAGES.keys() - {self.step.number}:
-            others |= (read_record(self.settings, number) or {}).get("beside", {}).keys() - set(SHARED)
-        paths = [path for part in BESIDE for path in sorted(self.folder.glob(part)) if path.is_file()]
+        for number in STAGES.keys() - {self.stage.number}:
+            if record := read_record(self.settings, number):
+                others |= record.side_outputs.keys() - set(SHARED)
+        paths = [path for part in SIDE_OUTPUTS for path in sorted(self.folder.glob(part)) if path.is_file()]
         named = {path.relative_to(self.folder).as_posix(): path for path in paths}
         return {
-            name: dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
+            name: FileHash.of(path)
             for name, path in named.items()
             if name not in others
         }
@@ -229,4 +213,4 @@ class Run:
         """The sealed protocol promises that the test set only fills the tables: each reading is on record."""
         path = self.folder / "test_readings.jsonl"
         with raise_on_write_error(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(time=now(), step=self.step.stem, what=what)) + "\n")
+            file.write(json.dumps(dict(time=now(), stage=self.stage.stem, what=what)) + "\n")

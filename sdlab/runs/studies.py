@@ -17,7 +17,7 @@ from optuna.trial import Trial
 from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, cannot_write, file_lock, write_errno
 from sdlab.runs.run import Run
-from sdlab.runs.storage import check_storage
+from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.settings import Settings
 from sdlab.threads import derive_seed
 
@@ -62,9 +62,10 @@ def study_name(settings: Settings, search: str) -> str:
 
 def open_storage(settings: Settings) -> optuna.storages.BaseStorage:
     """SQLite lets one process write at a time: others wait for it, longer than its five seconds."""
-    if settings.storage_url.startswith("sqlite"):
-        return optuna.storages.RDBStorage(settings.storage_url, engine_kwargs=dict(connect_args=dict(timeout=120)))
-    return optuna.storages.get_storage(settings.storage_url)
+    url = storage_url(settings)
+    if sqlite_file(settings):
+        return optuna.storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=120)))
+    return optuna.storages.get_storage(url)
 
 
 def open_study(settings: Settings, search: str) -> optuna.Study:
@@ -95,7 +96,8 @@ def rename_study(settings: Settings, search: str, more: str) -> None:
                 raise BadInput(
                     f"A process is at a trial of {name} (`sdlab work`): wait for it, or stop it; nothing was done."
                 )
-    if not settings.storage and not (settings.run_folder / "searches.db").exists():
+    file = sqlite_file(settings)
+    if file and not file.exists():
         return
     with raise_on_storage_error(settings):
         storage = open_storage(settings)
@@ -114,9 +116,7 @@ def raise_on_storage_error(settings: Settings) -> Iterator[None]:
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ or error
         if number := write_errno(cause):
-            place = (
-                f"The `storage` of {settings.experiment}" if settings.storage else settings.run_folder / "searches.db"
-            )
+            place = sqlite_file(settings) or f"The `storage` of {settings.experiment}"
             raise BadInput(cannot_write(place, number)) from None
         raise BadInput(
             f"The `storage` of {settings.experiment} failed ({str(cause).splitlines()[0]}): when it is there again, the same "

@@ -125,7 +125,7 @@ def expected_steps(bounds: tuple[int, int], most: bool) -> float:
 def finished_optimum(settings: Settings, search: str):
     """The optimum of a search, if it is finished."""
     record = read_record(settings, {"search_1": "02", "search_2": "04"}[search])
-    if record is None or not record["finished"]:
+    if record is None or not record.finished:
         return None
     return SamplingConfig(**read_json(settings.run_folder / "metrics" / f"{search}.json")["best"]["point"])
 
