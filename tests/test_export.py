@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from sdlab.errors import BadInput
 from sdlab.runs.export import export_set
 from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
-from sdlab.runs.records import StageState
+from sdlab.runs.records import State, StageState
 from sdlab.runs.shards import shard_path
 
 CLASSES = ["no finding", "a/b: ../c", "été"]
@@ -21,7 +21,7 @@ CLASSES = ["no finding", "a/b: ../c", "été"]
 @pytest.fixture
 def finished(settings, monkeypatch):
     """An experiment with a pool of 25 images in shards of 10, of which 20 were chosen."""
-    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState("done"))
+    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState(State.DONE))
     make_pool(settings, shards=3, size=10, pixels=8, images=25, chosen=20)
     return settings
 
@@ -89,7 +89,7 @@ def test_an_npz_has_medmnists_layout(finished, tmp_path):
 @pytest.mark.parametrize(
     ("target", "images", "said"),
     [
-        ("taken", None, "taken exists: nothing is written over"),
+        ("taken", None, "taken exists: nothing is overwritten"),
         ("taken.npz", None, "taken.npz exists"),
         ("set.zip", None, "ends in .zip"),
         ("no/such/folder", None, "There is no folder"),
@@ -131,7 +131,7 @@ def test_a_full_disk_is_seen_before(finished, tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_set(settings, tmp_path, monkeypatch):
     """Ten times the images, the same peak: shards pass through one at a time."""
-    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState("done"))
+    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState(State.DONE))
     peaks = []
     for shards in (3, 30):
         one = dataclasses.replace(settings, experiment=f"e{shards}")

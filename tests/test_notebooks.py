@@ -15,7 +15,7 @@ import yaml
 from conftest import BIN, ENVIRONMENT, command
 
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import STAGES, stage_state
+from sdlab.runs.records import STAGES, State, stage_state
 from sdlab.settings import PROJECT_ROOT, Settings
 
 
@@ -42,7 +42,7 @@ def test_a_notebook_before_its_upstream_says_which_to_run(world, tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        (dict(experiment="smoke", unet_epoch=3), "did you mean `unet_epochs`?"),
+        (dict(experiment="smoke", unet_epoch=3), "id you mean `unet_epochs`"),
         (dict(unet_epochs=3), "injected parameters name no `experiment`"),
         (dict(experiment="smoke", dataset="digits", unet_learning_rate="1e-4"), "Write 0.0001 without quotes"),
     ],
@@ -63,7 +63,7 @@ def test_bad_parameters_through_plain_papermill(tmp_path, parameters, said):
 
 def test_the_whole_pipeline_runs_and_prints_its_tables(finished):
     world, done = finished
-    assert [stage_state(settings_of(world), n).state for n in STAGES] == ["done"] * 8
+    assert [stage_state(settings_of(world), n).state for n in STAGES] == [State.DONE] * 8
     assert "Table 1" in done.stdout and "Table 2" in done.stdout and "8 notebooks in" in done.stdout
     assert "Figures:" in done.stdout and "figure_1.png" in done.stdout
     assert "Traceback" not in done.stderr
@@ -95,7 +95,7 @@ def test_the_test_set_was_read_for_the_tables_alone(finished):
     """Sealed: Table 1's four cells, and real, x1, x2 of Table 2."""
     world, _ = finished
     readings = [json.loads(line) for line in (world / "runs/smoke/test_readings.jsonl").read_text().splitlines()]
-    assert len(readings) == 7 and {r["step"][:2] for r in readings} == {"01", "02", "03", "04", "05"}
+    assert len(readings) == 7 and {r["stage"][:2] for r in readings} == {"01", "02", "03", "04", "05"}
     assert json.loads((world / "runs/smoke/metrics/search_1.json").read_text())["protocol"] == "sealed"
 
 
@@ -204,7 +204,7 @@ def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path
     assert kernels_of(process.pid) == 1
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Stopped during 01_class_encoder: the same command goes on" in err
+    assert process.returncode == 1 and "Stopped during 01_class_encoder: the same command resumes" in err
     assert "Traceback" not in err
     for _ in range(100):
         if not kernels_of(process.pid):

@@ -5,7 +5,7 @@
 After each, what was finished has to be intact, nothing half-written left, `verify` content, and the sentence one that says
 what could not be written, why and what to do; of every `--gone-on-with`th the step is run again and compared byte for byte.
 `--writes 0`: one of each kind. Full and read-only disks are small tmpfs mounts, which need root: without it they
-are left out, and the last line, which docs/reliability.md shows, says so. Given again, the suite goes on where it was
+are left out, and the last line, which docs/reliability.md shows, says so. Given again, the suite resumes where it was
 (`refusals.jsonl`). Exit code 1 if anything was wrong.
 """
 
@@ -34,7 +34,7 @@ ERRORS = (errno.ENOSPC, errno.EIO)  # in turn
 ROOM = "it found room"
 # What a step that is refused may still have changed: it says that it began, and searches keep their trials.
 GROWING = ("settings.yaml", ".lock", "test_readings.jsonl", "searches.db", "progress.json", "artifacts/", "pictures/")
-SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished before is intact, and the same command goes .+\.)|"
+SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished before is intact, and the same command resumes .+\.)|"
                       r"(.+ takes .+ GB, and the disk of .+ has .+ GB free: free some space; what was finished before is intact.+)")  # fmt: skip
 
 
