@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import stat
@@ -68,7 +69,7 @@ def obeying_modes():
 def record_of(**given):
     """The JSON of a finished stage's record with empty fields."""
     empty = dict(stage="", settings={}, upstream={}, inputs={}, begun="", opened_at=0.0, environment={}, finished="yes")
-    return StageRecord(**empty | given).to_json()
+    return dataclasses.asdict(StageRecord(**empty | given))
 
 
 def write_base_model(folder: Path, prediction_type: str = "epsilon") -> Path:

@@ -168,7 +168,9 @@ def test_a_parameter_file_says_only_what_deviates():
 
 
 def test_help_is_quick_and_imports_nothing_slow():
-    code = "import sys, sdlab.tools.cli; sys.exit(bool({'torch', 'pandas', 'sqlalchemy', 'optuna'} & sys.modules.keys()))"
+    code = (
+        "import sys, sdlab.tools.cli; sys.exit(bool({'torch', 'pandas', 'sqlalchemy', 'optuna'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
     assert "EXPERIMENT is a name in params/" in invoke("--help").output
 

@@ -136,7 +136,7 @@ def test_a_finished_search_opens_for_more_trials_and_what_came_after_it_is_stale
     state = stage_state(more, "02")
     assert (state.state, state.reason) == (State.BEGUN, Reason.MORE_TRIALS) and "search_1_trials 4 -> 6" in state.why
     assert states(more)[:4] == [State.DONE, State.DONE, State.BEGUN, State.STALE] and verify(more)[0] == []
-    with pytest.raises(BadInput, match="which is begun in .*: run 02_first_search first"):
+    with pytest.raises(BadInput, match=r"which is begun in .*: run 02_first_search first"):
         check_stage(more, "03")
     write_json(settings.run_folder / "metrics/search_1.json", "of 4 trials")
     run = Run(more, "02_first_search")
@@ -154,7 +154,7 @@ def test_a_finished_search_opens_for_more_trials_and_what_came_after_it_is_stale
 def test_fewer_trials_or_another_change_make_a_search_stale(settings, changes):
     finish_stages(settings, "02")
     assert stage_state(dataclasses.replace(settings, **changes), "02").state == State.STALE
-    with pytest.raises(BadInput, match="search_1_trials 4 -> .*undo the change"):
+    with pytest.raises(BadInput, match=r"search_1_trials 4 -> .*undo the change"):
         Run(dataclasses.replace(settings, **changes), "02_first_search")
 
 
@@ -219,7 +219,9 @@ def test_verify_and_repair_take_p_and_print_it(settings, file, tmp_path):
     assert invoke("verify", file).exit_code == 1 and invoke("verify", *given).exit_code == 0
     assert invoke("verify", moved.run_folder).exit_code == 0 and invoke("verify", moved.run_folder, "-p", "seed", 0).exit_code == 0  # fmt: skip
     (moved.run_folder / "metrics/of_05.json").write_text("{}")
-    assert f"sdlab repair {file} -p runs_root {tmp_path}/elsewhere metrics/of_05.json\n" in invoke("verify", *given).output
+    assert (
+        f"sdlab repair {file} -p runs_root {tmp_path}/elsewhere metrics/of_05.json\n" in invoke("verify", *given).output
+    )
     done = invoke("repair", *given, "metrics/of_06.json")
     assert done.exit_code == 1 and "`metrics/of_06.json` is not among what is wrong with" in done.output
     for name in ("run", "work", "plan", "status", "verify", "repair", "export", "dashboard"):
@@ -292,7 +294,9 @@ def test_a_folder_of_an_earlier_version_is_refused_in_one_sentence(settings, fil
     record = read_hashed_json(path)
     names = dict(stage="step", environment="made_with", side_outputs="beside", earlier_environments="made_with_before")
     write_hashed_json(path, {names.get(name, name): value for name, value in record.items()})
-    with pytest.raises(OlderRun, match="smoke was made by an earlier version of sdlab: give the experiment another name, or move"):
+    with pytest.raises(
+        OlderRun, match="smoke was made by an earlier version of sdlab: give the experiment another name, or move"
+    ):
         read_record(settings, "00")
     for name in ("status", "run", "verify"):
         done = invoke(name, file)

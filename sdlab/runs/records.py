@@ -19,6 +19,7 @@ from typing import Any
 from sdlab.errors import BadInput, brief
 from sdlab.paths import project_path
 from sdlab.runs.files import (
+    MOVE_AWAY,
     check_fields,
     is_inside,
     read_hashed_json,
@@ -121,18 +122,13 @@ class StageRecord:
         value = {name: kept for name, kept in check_fields(value, form, path).items() if name in form}
         for name in ("outputs", "side_outputs"):
             if foreign := [file for file in value[name] if not is_inside(file)]:
-                raise BadInput(
-                    f"{path} names {foreign[0]!r}, which is outside the folder: move it away and run its stage again."
-                )
+                raise BadInput(f"{path} names {foreign[0]!r}, which is outside the folder: {MOVE_AWAY}.")
             value[name] = {file: FileHash.from_json(entry, path) for file, entry in value[name].items()}
         for environment in value["earlier_environments"]:
             check_fields(environment, {}, path)
         if value["measured"]:
             check_fields(value["measured"], dict(folder_bytes=int, peak_memory_bytes=int), path)
         return cls(**value)
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 class OlderRun(BadInput):
@@ -150,15 +146,13 @@ def read_record(settings: Settings, number: str) -> StageRecord | None:
 
 
 def write_record(settings: Settings, record: StageRecord) -> None:
-    write_hashed_json(record_path(settings, record.stage[:2]), record.to_json())
+    write_hashed_json(record_path(settings, record.stage[:2]), asdict(record))
 
 
 def record_notebook(settings: Settings, stage: Stage, path: Path) -> None:
     """Record an executed copy's hash in `records/NN.notebook.json`: it is written after the stage has finished."""
     name = path.relative_to(settings.run_folder).as_posix()
-    write_hashed_json(
-        settings.run_folder / "records" / f"{stage.number}.notebook.json", {name: asdict(FileHash.of(path))}
-    )
+    write_hashed_json(record_path(settings, f"{stage.number}.notebook"), {name: asdict(FileHash.of(path))})
 
 
 def record_digest(record: StageRecord) -> str:
@@ -295,15 +289,12 @@ def settings_differences(settings: Settings, number: str, record: StageRecord) -
 
     A setting that the record does not have yet had its default. A path counts only if its content differs.
     """
-    before, present = record.settings, settings.of_stage(number)
-    values = {
-        name: (before.get(name, getattr(Settings, name, None)), present.get(name)) for name in (*before, *present)
-    }
-    return {
-        name: (was, value)
-        for name, (was, value) in values.items()
-        if was != value and not (name in INPUTS and is_same_content(settings, name, was, record))
-    }
+    present, changes = settings.of_stage(number), {}
+    for name in (*record.settings, *present):
+        before, after = record.settings.get(name, getattr(Settings, name, None)), present.get(name)
+        if before != after and not (name in INPUTS and is_same_content(settings, name, before, record)):
+            changes[name] = before, after
+    return changes
 
 
 def describe_changes(changes: dict[str, tuple[Any, Any]]) -> str:
@@ -319,39 +310,33 @@ def is_search_extended(number: str, changes: dict[str, tuple[Any, Any]]) -> bool
 def check_stage(settings: Settings, number: str) -> StageState:
     """The state of a stage that may be opened. Raises `BadInput` if its upstream is not done, or it is stale or altered."""
     stage, folder = STAGES[number], settings.run_folder
-    for upstream in (STAGES[n] for n in stage.upstream):
-        state = stage_state(settings, upstream.number)
-        if state.state in (State.NOT_RUN, State.BEGUN):
+    for which in (*(STAGES[n] for n in stage.upstream), stage):
+        state = stage_state(settings, which.number)
+        if which != stage and state.state in (State.NOT_RUN, State.BEGUN):
             raise BadInput(
-                f"{stage.stem} reads what {upstream.stem} writes, which is {state.state} in {folder}: "
-                f"run {upstream.stem} first (`sdlab run` takes them in order)."
+                f"{stage.stem} reads what {which.stem} writes, which is {state.state} in {folder}: "
+                f"run {which.stem} first (`sdlab run` takes them in order)."
             )
-        if state.state != State.DONE:
+        # A missing file is made again. An altered one is the user's file now, and is not overwritten.
+        mended = which == stage and state.reason == Reason.MISSING
+        if state.state in (State.STALE, State.DAMAGED) and not mended:
             raise BadInput(
-                f"{upstream.stem} is {state.state} in {folder} ({state.why}): {remedy(settings, state, upstream)}"
+                f"{which.stem} is {state.state} in {folder} ({state.why}): {remedy(settings, which, state)}."
             )
-    state = stage_state(settings, number)
-    # A missing file is made again. An altered one is the user's file now, and is not overwritten.
-    if state.state == State.STALE or (state.state == State.DAMAGED and state.reason != Reason.MISSING):
-        raise BadInput(f"{stage.stem} is {state.state} in {folder} ({state.why}): {remedy(settings, state, stage)}")
     return state
 
 
-def remedy(settings: Settings, state: StageState, stage: Stage) -> str:
+def remedy(settings: Settings, stage: Stage, state: StageState) -> str:
     part = state.subject.partition("/")[0]
     if state.state == State.DAMAGED and part in ("class_encoder", "unet"):
-        return f"move the folder {part} away and run {stage.stem} again, which repeats the same training."
+        return f"move the folder {part} away and run {stage.stem} again, which repeats the same training"
     if state.state == State.DAMAGED:
-        return f"move that file away if it is still there, and run {stage.stem} again, which makes it again."
+        return f"move that file away if it is still there, and run {stage.stem} again, which makes it again"
     if state.reason == Reason.UPSTREAM_REMADE:
-        return (
-            f"`sdlab run {settings.experiment} --redo {stage.number}` makes it and the stages after it again, and moves "
-            "the old files to aside/."
-        )
-    return (
-        "undo the change, or give the changed experiment a name of its own (copy its parameter file and change "
-        "`experiment`), or move the old folder away."
-    )
+        redo = f"`sdlab run {settings.experiment} --redo {stage.number}`"
+        return f"{redo} makes it and the stages after it again, and moves the old files to aside/"
+    new_name = "a name of its own (copy its parameter file and change `experiment`)"
+    return f"undo the change, or give the changed experiment {new_name}, or move the old folder away"
 
 
 def is_same_content(settings: Settings, name: str, before: Any, record: StageRecord) -> bool:

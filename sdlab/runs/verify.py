@@ -295,16 +295,12 @@ def check_search(checks: Checks, search: str) -> None:
         return
     checks.on_read(file.stat().st_size)
     checks.seen.setdefault(checks.name(file), True)
-    content = read_json(export)
     try:
-        study, exported = content["study"], [exported_trial(trial) for trial in content["trials"]]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        checks.add(export, FindingState.DAMAGED, "it is no search's")
-        return
-    try:
-        stored = list(stored_trials(file, str(study)))
+        content = read_json(export)
+        exported = [exported_trial(trial) for trial in content["trials"]]
+        stored = list(stored_trials(file, str(content["study"])))
     except (sqlite3.Error, KeyError, TypeError, ValueError, AttributeError) as error:
-        checks.add(file, FindingState.DAMAGED, f"SQLite cannot read it ({error})", repair)
+        checks.add(file, FindingState.DAMAGED, f"it cannot be compared with metrics/{search}.json ({error})", repair)
         return
     if stored != exported:
         why = f"its trials of {search} are not those of metrics/{search}.json"

@@ -155,7 +155,7 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
         if redo:
             from sdlab.tools.repair import move_stages_aside
 
-            click.echo(move_stages_aside(settings, redo))
+            move_stages_aside(settings, redo)
         for stage in STAGES.values():
             if stage.number > until:
                 break

@@ -106,9 +106,6 @@ def describe_failure(stage: Stage, error: Any, copy: Path | None) -> str:
     return f"{stage.stem} failed in cell [{error.exec_count}] with {error.ename}: {error.evalue}{where}."
 
 
-# ------------------------------------------------------------------------------------- locks and scratch folders
-
-
 @contextlib.contextmanager
 def exclusive_command(settings: Settings, command: str) -> Iterator[None]:
     """One command that executes notebooks of an experiment at a time. Raises `BadInput` that names the other."""
@@ -146,9 +143,6 @@ def scratch(settings: Settings) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------- executed copies
-
-
 def save_executed_copy(settings: Settings, stage: Stage, output: Path) -> Path | None:
     """Move an executed notebook into the run's folder, without this machine's paths; None if the run wrote nothing."""
     if not settings.run_folder.exists() or not output.exists():
@@ -179,44 +173,37 @@ class Watcher(threading.Thread):
 
     def __init__(self, path: Path, stem: str):
         super().__init__(daemon=True)
-        self.path, self.stem, self.ended, self.bar = path, stem, threading.Event(), None
+        self.path, self.stem, self.ended, self.started = path, stem, threading.Event(), time.time()
         self.on_terminal = sys.stderr.isatty()
 
-    def __enter__(self) -> "Watcher":
-        self.started_at = time.time()
+    def __enter__(self) -> None:
         self.start()
-        return self
 
     def __exit__(self, *_) -> None:
         self.ended.set()
         self.join()
-        if self.bar is not None:
-            self.bar.close()
 
     def run(self) -> None:
-        last_line = time.monotonic()
-        if self.on_terminal:  # a kernel imports for some seconds before it has anything to show
-            self.bar = tqdm(desc=f"{self.stem}: starting", bar_format="{desc}{elapsed}", leave=False)
+        # A kernel imports for some seconds before it has anything to show.
+        bar, shown, last_line = self.new_bar("starting", bar_format="{desc}{elapsed}"), None, time.monotonic()
         while not self.ended.wait(0.5):
-            try:
-                progress = json.loads(self.path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                progress = {}
-            if progress.get("time", 0) < self.started_at:  # none yet, or an earlier run's
-                if self.bar is not None:
-                    self.bar.refresh()
-            elif self.on_terminal:
-                self.draw(progress)
-            elif time.monotonic() - last_line > 15:
+            progress = self.read()
+            if progress and shown != (shown := (progress["desc"], progress["total"])):
+                bar.close()
+                bar = self.new_bar(**{key: progress[key] for key in ("desc", "total", "unit")}, initial=progress["n"])
+            bar.n = progress.get("n", 0)
+            bar.refresh()
+            if progress and not self.on_terminal and time.monotonic() - last_line > 15:
                 last_line = time.monotonic()
-                line = "{desc} {n}/{total} {unit} ({rate:.3g}/s)".format(**progress)
-                click.echo(f"  {self.stem}: {line}", err=True)
+                click.echo(f"  {self.stem}: " + "{desc} {n}/{total} {unit} ({rate:.3g}/s)".format(**progress), err=True)
+        bar.close()
 
-    def draw(self, progress: dict) -> None:
-        desc, total = f"{self.stem}: {progress['desc']}", progress["total"]
-        if self.bar is None or self.bar.desc != f"{desc}: " or self.bar.total != total:
-            if self.bar is not None:
-                self.bar.close()
-            self.bar = tqdm(desc=desc, total=total, initial=progress["n"], unit=progress["unit"], leave=False)
-        self.bar.n = progress["n"]
-        self.bar.refresh()
+    def new_bar(self, desc: str, **kwargs: Any) -> tqdm:
+        return tqdm(desc=f"{self.stem}: {desc}", leave=False, disable=not self.on_terminal, **kwargs)
+
+    def read(self) -> dict:
+        """The progress; empty if there is none yet, or an earlier run's."""
+        with contextlib.suppress(OSError, ValueError):
+            progress = json.loads(self.path.read_text(encoding="utf-8"))
+            return progress if progress["time"] >= self.started else {}
+        return {}

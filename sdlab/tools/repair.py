@@ -3,6 +3,8 @@
 import contextlib
 from pathlib import Path, PurePosixPath
 
+import click
+
 from sdlab.errors import BadInput
 from sdlab.paths import relative_to_project
 from sdlab.runs.aside import files_of_stages, move_aside, new_aside_folder
@@ -14,11 +16,11 @@ from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
 
 
-def move_stages_aside(settings: Settings, number: str) -> str:
-    """Move a stage's files, and those of all stages after it, to aside/; rename its study. Returns what was moved."""
+def move_stages_aside(settings: Settings, number: str) -> None:
+    """Move a stage's files, and those of all stages after it, to aside/; rename its study."""
     folder, numbers = settings.run_folder, downstream_stages(number)
     if not folder.exists():
-        return ""
+        return
     paths = files_of_stages(settings, numbers)
     lock, aside = Lock(folder / ".lock", folder, "sdlab run --redo"), new_aside_folder(folder)
     # The studies first: if this is interrupted, the files are still there to be moved the next time.
@@ -28,7 +30,8 @@ def move_stages_aside(settings: Settings, number: str) -> str:
         rename_study(settings, search, f"aside {aside.name}")
     move_aside(folder, paths, aside)
     lock.release()
-    return f"{len(paths)} files and folders were moved to {relative_to_project(aside)}/" if paths else ""
+    if paths:
+        click.echo(f"{len(paths)} files and folders were moved to {relative_to_project(aside)}/")
 
 
 def repair(settings: Settings, path: str, experiment: str) -> str:
