@@ -19,11 +19,11 @@ from sdlab.settings import PROJECT_ROOT
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = """
-errors parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.storage runs.records runs.run
+errors paths parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.resume runs.shards runs.storage
 data.pixels data.images data.npz data.pictures data.official data.own_images data.datasets data.model_files
-runs.shards runs.verify runs.export importance report.costs report.figures report.tables
-devices threads class_encoder pipeline base_models runs.resume latents training generation classifier evaluation
-runs.studies search tools.measuring tools.planning tools.cli
+runs.records runs.aside runs.run runs.verify runs.export importance report.costs report.figures report.tables
+devices threads class_encoder pipeline base_models latents training generation classifier evaluation
+runs.studies search tools.measuring tools.planning tools.execution tools.repair tools.cli
 """.split()
 
 

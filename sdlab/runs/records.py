@@ -122,7 +122,7 @@ class StageRecord:
         value = {name: kept for name, kept in check_fields(value, form, path).items() if name in form}
         for name in ("outputs", "side_outputs"):
             if foreign := [file for file in value[name] if not is_inside(file)]:
-                raise BadInput(f"{path} names {foreign[0]!r}, which is outside the folder: {MOVE_AWAY}.")
+                raise BadInput(f"{path} names {brief(foreign[0])}, which is outside the folder: {MOVE_AWAY}.")
             value[name] = {file: FileHash.from_json(entry, path) for file, entry in value[name].items()}
         for environment in value["earlier_environments"]:
             check_fields(environment, {}, path)

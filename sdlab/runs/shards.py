@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.errors import BadInput
+from sdlab.errors import BadInput, brief
 from sdlab.runs.files import MOVE_AWAY, check_fields, read_hashed_json, sha256_of_file
 
 
@@ -25,12 +25,12 @@ def read_manifest(folder: Path) -> dict:
         check_fields(made_from["point"], dict(class_encoder_epoch=int, unet_epoch=int), path)
         if unknown := made_from["checkpoints"].keys() - {"class_encoder", "unet"}:
             raise BadInput(
-                f"{path} is damaged (unknown checkpoint kind {min(unknown)!r}; expected class_encoder or unet): {MOVE_AWAY}."
+                f"{path} is damaged (unknown checkpoint kind {brief(min(unknown))}; expected class_encoder or unet): {MOVE_AWAY}."
             )
     for index, shard in manifest["shards"].items():
         check_fields(shard, dict(sha256=str, seconds=float | int), path)
         if not index.isdecimal() or manifest["plan"]["shard_size"] < 1:
-            raise BadInput(f"{path} is damaged (it has a shard {index!r}): {MOVE_AWAY}.")
+            raise BadInput(f"{path} is damaged (it has a shard {brief(index)}): {MOVE_AWAY}.")
     return manifest
 
 
