@@ -118,7 +118,7 @@ def test_what_comes_after_a_changed_step_is_stale(settings):
     ("damage", "reason"),
     [
         (lambda p: p.unlink(), Reason.MISSING),
-        (lambda p: p.write_text("longer than it was"), Reason.RESIZED),
+        (lambda p: p.write_text("longer than it was"), Reason.ALTERED),
         (lambda p: p.write_text('"y"\n'), Reason.ALTERED),
     ],
 )

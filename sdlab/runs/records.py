@@ -234,7 +234,6 @@ class Reason(Enum):
     INTERRUPTED = "not finished: it resumes where it stopped"
     MORE_TRIALS = "{}: the search continues, its trials are kept"
     MISSING = "{} is missing"
-    RESIZED = "{} has another number of bytes than were written"
     ALTERED = "{} was altered"
 
 
@@ -276,10 +275,9 @@ def stage_state(settings: Settings, number: str) -> StageState:
         path = settings.run_folder / name
         if not path.is_file():
             return StageState(State.DAMAGED, Reason.MISSING, name)
-        if path.stat().st_size != output.bytes:
-            return StageState(State.DAMAGED, Reason.RESIZED, name)
         # Weights are hashed when they are loaded; results and manifests are small enough to be hashed each time.
-        if path.suffix == ".json" and sha256_of_file(path) != output.sha256:
+        altered = path.suffix == ".json" and sha256_of_file(path) != output.sha256
+        if altered or path.stat().st_size != output.bytes:
             return StageState(State.DAMAGED, Reason.ALTERED, name)
     return StageState(State.DONE, seconds=record.seconds)
 
