@@ -126,7 +126,7 @@ def test_no_password_and_no_path_of_this_machine_stay_in_an_executed_copy(file, 
 
 
 def test_a_full_disk_under_what_is_printed_is_said():
-    """The system names no file: a notebook at work in the temporary folder, or this command's output into a log."""
+    """The system names no file: a running notebook in the temporary folder, or this command's output into a log."""
     said = cli_module.describe_error(OSError(errno.ENOSPC, "No space left on device"), "run")
     assert said.startswith(
         f"{tempfile.gettempdir()}, or where this command prints to, cannot be written (No space left"

@@ -135,7 +135,7 @@ def test_other_settings_than_a_finished_steps_are_refused(finished):
 
 
 def test_a_finished_notebook_opens_again_from_any_folder(finished, tmp_path):
-    """As a reader would: plain papermill, elsewhere, on a step that is done; it shows its results and changes nothing."""
+    """As a reader would: plain papermill, elsewhere, on a stage that is done; it shows its results and changes nothing."""
     world, _ = finished
     record = (world / "runs/smoke/records/05.json").read_bytes()
     out = tmp_path / "again.ipynb"
@@ -216,7 +216,7 @@ def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path
 
 
 def test_a_run_that_is_refused_leaves_the_folder_as_it_was(finished):
-    """Another process is at work in it."""
+    """Another process uses it."""
     world, _ = finished
     run = world / "runs/smoke"
     record = run / "records/06.json"

@@ -47,8 +47,8 @@ class Named:
         return self.name
 
 
-def do(settings, number, content="x"):
-    """Run a step that writes one file."""
+def finish(settings, number, content="x"):
+    """Run a stage that writes one file."""
     run = Run(settings, STAGES[number].stem)
     path = run.metrics(f"of_{number}")
     write_json(path, content)
@@ -60,8 +60,8 @@ def test_steps_wait_for_what_they_read(settings):
     with pytest.raises(BadInput, match="run 00_data_and_base_model first"):
         Run(settings, "01_class_encoder")
     assert not settings.run_folder.exists()
-    do(settings, "00")
-    do(settings, "01")
+    finish(settings, "00")
+    finish(settings, "01")
     assert [stage_state(settings, n).state for n in ("00", "01", "02")] == [State.DONE, State.DONE, State.NOT_RUN]
 
 
@@ -74,8 +74,8 @@ def test_an_unfinished_step_is_not_upstream(settings):
 
 def test_other_settings_than_a_finished_steps_are_refused(settings):
     """By name, old value and new; and nothing is lost."""
-    do(settings, "00")
-    path = do(settings, "01")
+    finish(settings, "00")
+    path = finish(settings, "01")
     changed = dataclasses.replace(settings, class_encoder_learning_rate=0.5)
     assert stage_state(changed, "01").why == "made with other settings: class_encoder_learning_rate 0.003 -> 0.5"
     before = {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}
@@ -94,14 +94,14 @@ def test_other_settings_than_a_begun_steps_are_refused(settings):
 
 
 def test_settings_that_no_result_depends_on_may_change(settings):
-    do(settings, "00")
+    finish(settings, "00")
     moved = dataclasses.replace(settings, num_threads=2, device="cpu", search_1_trials=99)
     assert stage_state(moved, "00").state == State.DONE
 
 
 def test_what_comes_after_a_changed_step_is_stale(settings):
     for number in ("00", "01", "02"):
-        do(settings, number)
+        finish(settings, number)
     changed = dataclasses.replace(settings, class_encoder_epochs=1)
     assert stage_state(changed, "02").why == "01_class_encoder is stale"
     record = read_record(settings, "01")
@@ -123,8 +123,8 @@ def test_what_comes_after_a_changed_step_is_stale(settings):
     ],
 )
 def test_damage_is_named(settings, damage, reason):
-    do(settings, "00")
-    damage(do(settings, "01"))
+    finish(settings, "00")
+    damage(finish(settings, "01"))
     state, path = stage_state(settings, "01"), settings.run_folder / "metrics/of_01.json"
     assert (state.state, state.reason, state.subject) == (State.DAMAGED, reason, "metrics/of_01.json")
     with pytest.raises(BadInput, match="run 01_class_encoder again"):
@@ -133,7 +133,7 @@ def test_damage_is_named(settings, damage, reason):
         with pytest.raises(BadInput, match="move that file away"):
             Run(settings, "01_class_encoder")
         path.unlink()
-    do(settings, "01")
+    finish(settings, "01")
     assert stage_state(settings, "01").state == State.DONE
 
 
@@ -157,7 +157,7 @@ def test_data_or_base_model_that_changed_under_an_experiment_are_refused(setting
 
 
 def test_a_finished_step_keeps_what_it_has(settings):
-    path = do(settings, "00")
+    path = finish(settings, "00")
     before = path.read_bytes()
     run = Run(settings, "00_data_and_base_model")
     assert run.keep("of_00", {"new": (1, 2)}) == {"new": [1, 2]}
@@ -165,7 +165,7 @@ def test_a_finished_step_keeps_what_it_has(settings):
 
 
 def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):
-    do(settings, "00")
+    finish(settings, "00")
     before = (settings.run_folder / "records" / "00.json").read_bytes()
     run = Run(settings, "00_data_and_base_model")
     assert run.finished
@@ -209,7 +209,7 @@ def test_a_lock_is_waited_for_a_little(tmp_path):
 
 
 def test_a_notebooks_cell_can_be_run_twice(settings):
-    """The same process opens the step again while its first opening still holds the folder."""
+    """The same process opens the stage again while its first opening still holds the folder."""
     first = Run(settings, "00_data_and_base_model")
     second = Run(settings, "00_data_and_base_model")
     first.lock.release()  # nothing: the second took it over
@@ -341,7 +341,7 @@ def test_a_disk_without_locks_is_named_and_not_taken_for_a_disk_in_use(settings,
 
 
 def test_a_damaged_record_is_refused(settings):
-    do(settings, "00")
+    finish(settings, "00")
     (settings.run_folder / "records" / "00.json").write_text("{half")
     with pytest.raises(BadInput, match=r"records/00\.json is damaged"):
         stage_state(settings, "00")

@@ -133,7 +133,9 @@ class Run:
         )
         if before:
             earlier = [*before.earlier_environments, before.environment]
-            self.record.earlier_environments = [e for e in earlier if environment_differences(e, self.record.environment)]
+            self.record.earlier_environments = [
+                e for e in earlier if environment_differences(e, self.record.environment)
+            ]
             if note := environment_change(self.record):
                 print(note)
         write_record(self.settings, self.record)
@@ -188,11 +190,7 @@ class Run:
                 others |= record.side_outputs.keys() - set(SHARED)
         paths = [path for part in SIDE_OUTPUTS for path in sorted(self.folder.glob(part)) if path.is_file()]
         named = {path.relative_to(self.folder).as_posix(): path for path in paths}
-        return {
-            name: FileHash.of(path)
-            for name, path in named.items()
-            if name not in others
-        }
+        return {name: FileHash.of(path) for name, path in named.items() if name not in others}
 
     def keep(self, name: str, result: Any) -> Any:
         """Write a result to `metrics/<name>.json`, unless the step is finished; the result as it reads back."""

@@ -14,10 +14,10 @@ from conftest import BIN, SMOKE, command
 
 from sdlab.errors import BadInput
 from sdlab.runs.files import is_inside, sha256_of_file, write_hashed_json
+from sdlab.runs.locks import Lock
 from sdlab.runs.records import read_record
 from sdlab.runs.verify import Action, FindingState, verify
 from sdlab.settings import Settings
-from sdlab.runs.locks import Lock
 from sdlab.tools import execution, repair
 
 FILES = int(os.environ.get("SDLAB_DAMAGED_FILES", 60))  # `make faults` damages more
