@@ -24,7 +24,8 @@ from optuna.trial import Trial, TrialState
 from sdlab.data.pixels import save_image_grid
 from sdlab.evaluation import deciding_split, load_optimum, summarize, train_and_score_classifiers
 from sdlab.generation import generate_set
-from sdlab.runs.files import file_lock, read_json, sha256_of_json
+from sdlab.runs.files import file_lock, read_json
+from sdlab.runs.records import search_lineage
 from sdlab.runs.run import Run
 from sdlab.runs.shards import read_shards
 from sdlab.runs.studies import (
@@ -150,12 +151,12 @@ def run_search(run: Run, search: Search) -> dict:
     not repeat.
     """
     path, settings = run.metrics_path(search.name), run.settings
-    if path.exists() and len((saved := read_json(path))["trials"]) >= search.trials:
-        return saved
+    if path.exists():
+        return read_json(path)
     with raise_on_storage_error(settings):
         with file_lock(run.folder / ".locks" / "storage"):  # one process creates it
             study = open_study(settings, search.name, new_pruner(settings))
-            check_lineage(study, lineage(run, search))
+            check_lineage(study, search_lineage(run.record))
             check_folder(study, run.folder)
         artifacts = AtomicArtifactStore(run.folder / "artifacts")
         finished = count_finished(study)
@@ -176,12 +177,6 @@ def run_search(run: Run, search: Search) -> dict:
             return {}
         finalists = score_finalists(run, search, study)
         return run.save_metrics(search.name, export_search(study, settings, search.space, finalists))
-
-
-def lineage(run: Run, search: Search) -> str:
-    """A hash of all that the trials depend on. Their number is not part of it: a finished search can be extended."""
-    settings = {name: value for name, value in run.record["settings"].items() if name != f"{search.name}_trials"}
-    return sha256_of_json([settings, run.record["upstream"], run.record["inputs"]])
 
 
 def run_trial(run: Run, search: Search, study: optuna.Study, trial: Trial, artifacts: AtomicArtifactStore) -> None:

@@ -147,7 +147,6 @@ class Settings:
             if name not in given:
                 raise BadInput(f"The parameters name no `{name}`: a parameter file begins with `{name}: <name>`.")
         settings = cls(**{name: check_value(fields[name], value) for name, value in given.items()})
-        object.__setattr__(settings, "_given", dict(given))
         settings.check()
         return settings
 
@@ -187,11 +186,6 @@ class Settings:
         check_together(self)
 
     # ------------------------------------------------------------------------------------------- asking
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The names and values that were given explicitly; all of them where the origin is unknown."""
-        return self.__dict__.get("_given", self.as_dict())
 
     def of_stage(self, number: str) -> dict[str, Any]:
         """The settings that the results of one notebook (`"01"`) depend on directly."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import stat
@@ -22,6 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from sdlab.base_models import BaseModel, load_base_model
 from sdlab.data.images import ImageDataset, Split
+from sdlab.runs.records import StageRecord
 from sdlab.settings import Settings
 
 torch.set_num_threads(1)
@@ -65,9 +67,9 @@ def obeying_modes():
 
 
 def record_of(**given):
-    """A step's record with the least that it holds."""
-    least = dict(step="", settings={}, upstream={}, inputs={}, outputs={}, begun="", finished="yes", seconds=1.0)
-    return least | dict(opened_at=0.0) | given
+    """The JSON of a finished stage's record with empty fields."""
+    empty = dict(stage="", settings={}, upstream={}, inputs={}, begun="", opened_at=0.0, environment={}, finished="yes")
+    return dataclasses.asdict(StageRecord(**empty | given))
 
 
 def write_base_model(folder: Path, prediction_type: str = "epsilon") -> Path:

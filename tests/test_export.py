@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from sdlab.errors import BadInput
 from sdlab.runs.export import export_set
 from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
-from sdlab.runs.records import StageState
+from sdlab.runs.records import StageState, State
 from sdlab.runs.shards import shard_path
 
 CLASSES = ["no finding", "a/b: ../c", "été"]
@@ -21,7 +21,7 @@ CLASSES = ["no finding", "a/b: ../c", "été"]
 @pytest.fixture
 def finished(settings, monkeypatch):
     """An experiment with a pool of 25 images in shards of 10, of which 20 were chosen."""
-    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState("done"))
+    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState(State.DONE))
     make_pool(settings, shards=3, size=10, pixels=8, images=25, chosen=20)
     return settings
 
@@ -37,7 +37,7 @@ def make_pool(settings, shards, size, pixels, images, chosen):
     plan = dict(shard_size=size, seed=0)
     write_hashed_json(folder / "manifest.json", dict(key="abc", plan=plan, made_from=None, shards=entries))
     metrics, cell = settings.run_folder / "metrics", dict(test=dict(mean=0.5, std=0.1, n=100, recall=[]))
-    pool = dict(synthetic="abc", images=images, classes=CLASSES, point=dict(num_inference_steps=5))
+    pool = dict(synthetic="abc", images=images, classes=CLASSES, config=dict(num_inference_steps=5))
     write_json(metrics / "scaling.json", dict(chosen="x2", protocol="sealed", pool=pool))
     write_json(metrics / "x02.json", cell | dict(images=chosen))
     write_json(metrics / "real.json", cell)
@@ -89,7 +89,7 @@ def test_an_npz_has_medmnists_layout(finished, tmp_path):
 @pytest.mark.parametrize(
     ("target", "images", "said"),
     [
-        ("taken", None, "taken exists: nothing is written over"),
+        ("taken", None, "taken exists: nothing is overwritten"),
         ("taken.npz", None, "taken.npz exists"),
         ("set.zip", None, "ends in .zip"),
         ("no/such/folder", None, "There is no folder"),
@@ -131,7 +131,7 @@ def test_a_full_disk_is_seen_before(finished, tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_set(settings, tmp_path, monkeypatch):
     """Ten times the images, the same peak: shards pass through one at a time."""
-    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState("done"))
+    monkeypatch.setattr("sdlab.runs.export.stage_state", lambda *_: StageState(State.DONE))
     peaks = []
     for shards in (3, 30):
         one = dataclasses.replace(settings, experiment=f"e{shards}")

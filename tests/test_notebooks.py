@@ -16,7 +16,7 @@ from conftest import BIN, ENVIRONMENT, command
 
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import STAGES, stage_state
+from sdlab.runs.records import STAGES, State, stage_state
 from sdlab.settings import Settings
 
 
@@ -43,7 +43,7 @@ def test_a_notebook_before_its_upstream_says_which_to_run(world, tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        (dict(experiment="smoke", unet_epoch=3), "did you mean `unet_epochs`?"),
+        (dict(experiment="smoke", unet_epoch=3), "id you mean `unet_epochs`"),
         (dict(unet_epochs=3), "injected parameters name no `experiment`"),
         (dict(experiment="smoke", dataset="digits", unet_learning_rate="1e-4"), "Write 0.0001 without quotes"),
     ],
@@ -64,7 +64,7 @@ def test_bad_parameters_through_plain_papermill(tmp_path, parameters, said):
 
 def test_the_whole_pipeline_runs_and_prints_its_tables(finished):
     world, done = finished
-    assert [stage_state(settings_of(world), n).state for n in STAGES] == ["done"] * 8
+    assert [stage_state(settings_of(world), n).state for n in STAGES] == [State.DONE] * 8
     assert "Table 1" in done.stdout and "Table 2" in done.stdout and "8 notebooks in" in done.stdout
     assert "Figures:" in done.stdout and "figure_1.png" in done.stdout
     assert "Traceback" not in done.stderr
@@ -96,7 +96,7 @@ def test_the_test_set_was_read_for_the_tables_alone(finished):
     """Sealed: Table 1's four cells, and real, x1, x2 of Table 2."""
     world, _ = finished
     readings = [json.loads(line) for line in (world / "runs/smoke/test_readings.jsonl").read_text().splitlines()]
-    assert len(readings) == 7 and {r["step"][:2] for r in readings} == {"01", "02", "03", "04", "05"}
+    assert len(readings) == 7 and {r["stage"][:2] for r in readings} == {"01", "02", "03", "04", "05"}
     assert json.loads((world / "runs/smoke/metrics/search_1.json").read_text())["protocol"] == "sealed"
 
 
@@ -105,8 +105,8 @@ def test_table_1_is_scored_afresh(finished):
     world, _ = finished
     metrics = world / "runs/smoke/metrics"
     assert (
-        json.loads((metrics / "after_2.json").read_text())["point"]
-        == json.loads((metrics / "search_1.json").read_text())["best"]["point"]
+        json.loads((metrics / "after_2.json").read_text())["config"]
+        == json.loads((metrics / "search_1.json").read_text())["best"]["config"]
     )
     manifests = [json.loads(p.read_text())["plan"] for p in (world / "runs/smoke/synthetic").glob("*/manifest.json")]
     assert len({m["seed"] for m in manifests}) == 4  # searches, finalists, Table 1, Table 2
@@ -136,7 +136,7 @@ def test_other_settings_than_a_finished_steps_are_refused(finished):
 
 
 def test_a_finished_notebook_opens_again_from_any_folder(finished, tmp_path):
-    """As a reader would: plain papermill, elsewhere, on a step that is done; it shows its results and changes nothing."""
+    """As a reader would: plain papermill, elsewhere, on a stage that is done; it shows its results and changes nothing."""
     world, _ = finished
     record = (world / "runs/smoke/records/05.json").read_bytes()
     out = tmp_path / "again.ipynb"
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_stops_with_its_name_and_the_failing_notebook_is_ke
     (run / "metrics/after_3.json").unlink()
     (run / "notebooks/03_fine_tuning.ipynb").unlink()
     shutil.rmtree(run / "unet")
-    epoch = json.loads((run / "metrics/search_1.json").read_text())["best"]["point"]["class_encoder_epoch"]
+    epoch = json.loads((run / "metrics/search_1.json").read_text())["best"]["config"]["class_encoder_epoch"]
     weights = run / f"class_encoder/epoch_{epoch:02d}/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -205,7 +205,7 @@ def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path
     assert kernels_of(process.pid) == 1
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Stopped during 01_class_encoder: the same command goes on" in err
+    assert process.returncode == 1 and "Stopped during 01_class_encoder: the same command resumes" in err
     assert "Traceback" not in err
     for _ in range(100):
         if not kernels_of(process.pid):
@@ -217,7 +217,7 @@ def test_an_interrupted_run_says_so_leaves_no_kernel_and_goes_on(world, tmp_path
 
 
 def test_a_run_that_is_refused_leaves_the_folder_as_it_was(finished):
-    """Another process is at work in it."""
+    """Another process uses it."""
     world, _ = finished
     run = world / "runs/smoke"
     record = run / "records/06.json"

@@ -20,54 +20,14 @@ from sdlab.runs.records import STAGES
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
-ORDER = [
-    "errors",
-    "parameters",
-    "report.paper",
-    "settings",
-    "runs.files",
-    "runs.progress",
-    "runs.locks",
-    "runs.checkpoints",
-    "runs.storage",
-    "runs.records",
-    "runs.run",
-    "data.pixels",
-    "data.images",
-    "data.npz",
-    "data.pictures",
-    "data.official",
-    "data.own_images",
-    "data.datasets",
-    "data.model_files",
-    "runs.shards",
-    "runs.verify",
-    "runs.export",
-    "importance",
-    "report.costs",
-    "report.tables",
-    "report.remarks",
-    "report.reference",
-    "report.printing",
-    "report.samples",
-    "report.figures",
-    "devices",
-    "threads",
-    "class_encoder",
-    "pipeline",
-    "base_models",
-    "runs.resume",
-    "latents",
-    "training",
-    "generation",
-    "classifier",
-    "evaluation",
-    "runs.studies",
-    "search",
-    "tools.measuring",
-    "tools.planning",
-    "tools.cli",
-]
+ORDER = """
+errors paths runs.parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.shards runs.storage
+data.pixels data.images data.npz data.pictures data.official data.own_images data.datasets data.model_files data.model_configs
+runs.records runs.aside runs.run runs.verify runs.export importance report.costs report.tables report.remarks report.reference
+report.printing report.samples report.figures devices threads seeds schedulers class_encoder pipeline base_models runs.resume
+latents training sampling generation classifier evaluation runs.studies search tools.measuring tools.planning tools.execution
+tools.repair tools.cli
+""".split()  # noqa: SIM905
 
 
 def pins() -> dict[str, str]:

@@ -20,12 +20,20 @@ from sdlab.runs.files import (
     files_below,
     partial_writes,
     remove_partial_writes,
-    sha256_of_file,
-    write_hashed_json,
     write_json,
 )
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import STAGES, cpu_name, environment_change, read_record, stage_state
+from sdlab.runs.records import (
+    STAGES,
+    FileHash,
+    Reason,
+    State,
+    cpu_name,
+    environment_change,
+    read_record,
+    stage_state,
+    write_record,
+)
 from sdlab.runs.run import Run
 
 
@@ -39,8 +47,8 @@ class Named:
         return self.name
 
 
-def do(settings, number, content="x"):
-    """Run a step that writes one file."""
+def finish(settings, number, content="x"):
+    """Run a stage that writes one file."""
     run = Run(settings, STAGES[number].stem)
     path = run.metrics_path(f"of_{number}")
     write_json(path, content)
@@ -52,22 +60,22 @@ def test_steps_wait_for_what_they_read(settings):
     with pytest.raises(BadInput, match="run 00_data_and_base_model first"):
         Run(settings, "01_class_encoder")
     assert not settings.run_folder.exists()
-    do(settings, "00")
-    do(settings, "01")
-    assert [stage_state(settings, n).state for n in ("00", "01", "02")] == ["done", "done", "not run"]
+    finish(settings, "00")
+    finish(settings, "01")
+    assert [stage_state(settings, n).state for n in ("00", "01", "02")] == [State.DONE, State.DONE, State.NOT_RUN]
 
 
 def test_an_unfinished_step_is_not_upstream(settings):
     Run(settings, "00_data_and_base_model").lock.release()
-    assert stage_state(settings, "00").state == "begun"
+    assert stage_state(settings, "00").state == State.BEGUN
     with pytest.raises(BadInput, match="which is begun"):
         Run(settings, "01_class_encoder")
 
 
 def test_other_settings_than_a_finished_steps_are_refused(settings):
     """By name, old value and new; and nothing is lost."""
-    do(settings, "00")
-    path = do(settings, "01")
+    finish(settings, "00")
+    path = finish(settings, "01")
     changed = dataclasses.replace(settings, class_encoder_learning_rate=0.5)
     assert stage_state(changed, "01").why == "made with other settings: class_encoder_learning_rate 0.003 -> 0.5"
     before = {p: p.read_bytes() for p in settings.run_folder.rglob("*") if p.is_file()}
@@ -86,45 +94,47 @@ def test_other_settings_than_a_begun_steps_are_refused(settings):
 
 
 def test_settings_that_no_result_depends_on_may_change(settings):
-    do(settings, "00")
+    finish(settings, "00")
     moved = dataclasses.replace(settings, num_threads=2, device="cpu", search_1_trials=99)
-    assert stage_state(moved, "00").state == "done"
+    assert stage_state(moved, "00").state == State.DONE
 
 
 def test_what_comes_after_a_changed_step_is_stale(settings):
     for number in ("00", "01", "02"):
-        do(settings, number)
+        finish(settings, number)
     changed = dataclasses.replace(settings, class_encoder_epochs=1)
     assert stage_state(changed, "02").why == "01_class_encoder is stale"
     record = read_record(settings, "01")
     path = settings.run_folder / "metrics/of_01.json"
-    write_json(path, "made anew, with another result")
-    record["outputs"]["metrics/of_01.json"] = dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
-    write_hashed_json(settings.run_folder / "records" / "01.json", record)
-    assert stage_state(settings, "02").why == "01_class_encoder was made anew since"
+    write_json(path, "another result")
+    record.outputs["metrics/of_01.json"] = FileHash.of(path)
+    write_record(settings, record)
+    assert stage_state(settings, "02").why == "01_class_encoder was made again since"
+    with pytest.raises(BadInput, match="`sdlab run smoke --redo 02` makes it and the stages after it again"):
+        Run(settings, "02_first_search")
 
 
 @pytest.mark.parametrize(
-    ("damage", "why"),
+    ("damage", "reason"),
     [
-        (lambda p: p.unlink(), "is missing"),
-        (lambda p: p.write_text("longer than it was"), "bytes instead of"),
-        (lambda p: p.write_text('"y"\n'), "was altered"),
+        (lambda p: p.unlink(), Reason.MISSING),
+        (lambda p: p.write_text("longer than it was"), Reason.ALTERED),
+        (lambda p: p.write_text('"y"\n'), Reason.ALTERED),
     ],
 )
-def test_damage_is_named(settings, damage, why):
-    do(settings, "00")
-    damage(do(settings, "01"))
+def test_damage_is_named(settings, damage, reason):
+    finish(settings, "00")
+    damage(finish(settings, "01"))
     state, path = stage_state(settings, "01"), settings.run_folder / "metrics/of_01.json"
-    assert state.state == "damaged" and why in state.why and "metrics/of_01.json" in state.why
+    assert (state.state, state.reason, state.subject) == (State.DAMAGED, reason, "metrics/of_01.json")
     with pytest.raises(BadInput, match="run 01_class_encoder again"):
         Run(settings, "02_first_search")
     if path.exists():  # a user's file now: not written over, not taken for ours
         with pytest.raises(BadInput, match="move that file away"):
             Run(settings, "01_class_encoder")
         path.unlink()
-    do(settings, "01")
-    assert stage_state(settings, "01").state == "done"
+    finish(settings, "01")
+    assert stage_state(settings, "01").state == State.DONE
 
 
 def test_a_result_that_is_not_there_is_not_recorded(settings):
@@ -132,7 +142,7 @@ def test_a_result_that_is_not_there_is_not_recorded(settings):
     run = Run(settings, "00_data_and_base_model")
     with pytest.raises(BadInput, match=r"of_00\.json is missing: run all cells above"):
         run.finish(run.metrics_path("of_00"))
-    assert stage_state(settings, "00").state == "begun"
+    assert stage_state(settings, "00").state == State.BEGUN
     run.lock.release()
 
 
@@ -147,7 +157,7 @@ def test_data_or_base_model_that_changed_under_an_experiment_are_refused(setting
 
 
 def test_a_finished_step_keeps_what_it_has(settings):
-    path = do(settings, "00")
+    path = finish(settings, "00")
     before = path.read_bytes()
     run = Run(settings, "00_data_and_base_model")
     assert run.save_metrics("of_00", {"new": (1, 2)}) == {"new": [1, 2]}
@@ -155,7 +165,7 @@ def test_a_finished_step_keeps_what_it_has(settings):
 
 
 def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):
-    do(settings, "00")
+    finish(settings, "00")
     before = (settings.run_folder / "records" / "00.json").read_bytes()
     run = Run(settings, "00_data_and_base_model")
     assert run.finished
@@ -163,7 +173,7 @@ def test_a_finished_step_opens_for_reading_and_is_not_recorded_again(settings):
     assert (settings.run_folder / "records" / "00.json").read_bytes() == before
 
 
-HOLD = "import sys, time; from pathlib import Path; from sdlab.run import Lock; lock = Lock(Path(sys.argv[1]), Path('x'), '01_class_encoder'); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from sdlab.runs.locks import Lock; lock = Lock(Path(sys.argv[1]), Path('x'), '01_class_encoder'); print('held', flush=True); time.sleep(60)"
 
 
 def test_two_runs_into_one_folder(settings, capsys, monkeypatch):
@@ -199,7 +209,7 @@ def test_a_lock_is_waited_for_a_little(tmp_path):
 
 
 def test_a_notebooks_cell_can_be_run_twice(settings):
-    """The same process opens the step again while its first opening still holds the folder."""
+    """The same process opens the stage again while its first opening still holds the folder."""
     first = Run(settings, "00_data_and_base_model")
     second = Run(settings, "00_data_and_base_model")
     first.lock.release()  # nothing: the second took it over
@@ -207,9 +217,10 @@ def test_a_notebooks_cell_can_be_run_twice(settings):
     second.lock.release()
 
 
-def test_a_step_that_goes_on_with_other_means_says_so(settings, capsys, monkeypatch):
+def test_a_stage_that_is_resumed_in_another_environment_says_so(settings, capsys, monkeypatch):
     """The same bytes are promised for the same device, threads and versions only."""
-    base, said = Named("base"), "(threads 1 -> 2): what it made is as good, but not the same bytes as in one go."
+    base = Named("base")
+    said = "(threads 1 -> 2): its results are valid, but not bit-identical to an uninterrupted run."
     base.device = torch.device("cpu")
     notes = []
     for threads in (1, 1, 2, 2):
@@ -219,11 +230,9 @@ def test_a_step_that_goes_on_with_other_means_says_so(settings, capsys, monkeypa
         notes.append(capsys.readouterr().out.strip())
         assert environment_change(read_record(settings, "00")) == notes[-1]
     assert notes[:2] == ["", ""] and all(note.endswith(said) for note in notes[2:])
-    assert (
-        run.record["made_with"]["torch"] == torch.__version__.partition("+")[0]
-        and "(" in run.record["made_with"]["device"]
-    )
-    assert [means["threads"] for means in run.record["made_with_before"]] == [1]
+    environment = run.record.environment
+    assert environment["torch"] == torch.__version__.partition("+")[0] and "(" in environment["device"]
+    assert [earlier["threads"] for earlier in run.record.earlier_environments] == [1]
 
 
 def test_a_processor_without_a_name_is_its_architecture(tmp_path):
@@ -242,8 +251,8 @@ def test_a_released_lock_is_free(tmp_path):
 def test_a_half_file_is_never_read(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError), atomic_write(path) as beside:
-        beside.write_text("{half")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("{half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"old": 1}
 
@@ -251,8 +260,8 @@ def test_a_half_file_is_never_read(tmp_path):
 def test_half_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
     """Told by who holds them, whatever their names say: of any process, container or machine that shares the disk."""
     code = (
-        "import sys, time; from pathlib import Path; from sdlab.files import written_beside\n"
-        "with written_beside(Path(sys.argv[1])) as beside: beside.write_text('half'); print(beside, flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from sdlab.runs.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary: temporary.write_text('half'); print(temporary, flush=True); time.sleep(60)"
     )
     path, parts = tmp_path / "x.json", []
     writers = [
@@ -263,10 +272,10 @@ def test_half_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_pat
     writers[0].kill()
     writers[0].wait()
     (tmp_path / ".x.json.part").write_text("half, of an earlier version")
-    with atomic_write(path) as beside:
+    with atomic_write(path) as temporary:
         write_json(path, 1)  # the same at once, from within
-        assert beside.parent.is_dir()
-        beside.write_text("2")
+        assert temporary.parent.is_dir()
+        temporary.write_text("2")
     assert path.read_text() == "2" and {p.name for p in tmp_path.iterdir()} == {"x.json", ".x.json.part", parts[1].name}
     assert list(files_below(tmp_path)) == [path] and set(partial_writes(tmp_path)) == {
         parts[1],
@@ -287,7 +296,7 @@ def test_a_name_as_long_as_can_be_is_written(tmp_path):
 
 
 def test_a_lock_is_one_processs_until_it_ends(tmp_path):
-    code = f"import time; from pathlib import Path; from sdlab.files import alone\nwith alone(Path({str(tmp_path / 'l')!r})): print('held', flush=True); time.sleep(60)"
+    code = f"import time; from pathlib import Path; from sdlab.runs.files import file_lock\nwith file_lock(Path({str(tmp_path / 'l')!r})): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with file_lock(tmp_path / "l", wait=False) as mine:
@@ -321,7 +330,7 @@ def test_a_disk_without_locks_is_named_and_not_taken_for_a_disk_in_use(settings,
 
     monkeypatch.setattr("fcntl.flock", refuses)
     said = (
-        f"cannot be written .{os.strerror(number)}.: that disk keeps no locks, by which two runs are kept apart: name"
+        f"cannot be written .{os.strerror(number)}.: that disk supports no file locks, which keep two runs apart: name"
     )
     with pytest.raises(BadInput, match=rf"\.lock {said}"):
         Run(settings, "00_data_and_base_model")
@@ -332,7 +341,7 @@ def test_a_disk_without_locks_is_named_and_not_taken_for_a_disk_in_use(settings,
 
 
 def test_a_damaged_record_is_refused(settings):
-    do(settings, "00")
+    finish(settings, "00")
     (settings.run_folder / "records" / "00.json").write_text("{half")
     with pytest.raises(BadInput, match=r"records/00\.json is damaged"):
         stage_state(settings, "00")
@@ -350,5 +359,5 @@ def test_progress_is_written_for_the_terminal(settings, monkeypatch):
 
 
 def test_settings_and_runs_import_no_torch():
-    code = "import sys, sdlab, sdlab.results, sdlab.workflow, sdlab.figures; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = "import sys, sdlab.report.tables, sdlab.report.figures, sdlab.runs.export, sdlab.runs.verify, sdlab.tools.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

@@ -27,11 +27,11 @@ def measured_costs(settings: Settings) -> dict[str, dict]:
     costs, before = {}, 0
     for number in STAGES:
         record = read_record(settings, number)
-        if record is None or not record["finished"] or settings_differences(settings, number, record):
+        if record is None or not record.finished or settings_differences(settings, number, record):
             break
-        measured = record.get("measured", dict(folder_bytes=math.nan, peak_memory_bytes=math.nan))
+        measured = record.measured or dict(folder_bytes=math.nan, peak_memory_bytes=math.nan)
         costs[number] = dict(
-            hours=record["seconds"] / 3600,
+            hours=record.seconds / 3600,
             disk_gb=(measured["folder_bytes"] - before) / 1e9,
             memory_gb=measured["peak_memory_bytes"] / 1e9,
         )

@@ -1,63 +1,62 @@
-"""TODO runs.checkpoints."""
+"""Checkpoints (`class_encoder/epoch_NN`, `unet/epoch_NN`): the weights that sampling needs, with a manifest of hashes."""
 
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-
-import torch
 
 from sdlab.errors import BadInput, first_line
 from sdlab.runs.files import atomic_write, is_inside, read_json, sha256_of_file, sha256_of_json, write_json
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import ModelMixin, UNet2DConditionModel
-
-
-def checkpoint_hashes(folder: Path) -> dict[str, str]:
-    """The files of a checkpoint, name -> sha256, by its manifest. Raises `BadInput` if that is missing or names no files."""
-    hashes = read_json(folder / "manifest.json", "train it first.")
-    if not isinstance(hashes, dict) or not all(
-        is_file_name(name) and isinstance(sha, str) for name, sha in hashes.items()
-    ):
-        raise BadInput(f"{folder / 'manifest.json'} is damaged: it has to name the files beside it and their hashes.")
-    return hashes
-
-
-def is_file_name(name: str) -> bool:
-    """Whether a name that a file gives is that of a file beside it."""
-    return is_inside(name) and PurePosixPath(name).name == name
-
-
-def checkpoint_sha(folder: Path, epoch: int) -> str:
-    """One hash for the weights and config of `folder/epoch_NN`: what a generated set is made from."""
-    return sha256_of_json(checkpoint_hashes(folder / f"epoch_{epoch:02d}"))
 
 
 def epoch_folder(folder: Path, epoch: int) -> Path:
     return folder / f"epoch_{epoch:02d}"
 
 
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """File name -> sha256, by a checkpoint's manifest. Raises `BadInput` if that is missing or names no files."""
+    hashes = read_json(folder / "manifest.json", "train it first.")
+    if not isinstance(hashes, dict) or not all(
+        is_file_name(name) and isinstance(sha, str) for name, sha in hashes.items()
+    ):
+        raise BadInput(f"{folder / 'manifest.json'} is damaged: it has to name the files next to it and their hashes.")
+    return hashes
+
+
+def is_file_name(name: str) -> bool:
+    """True if a name from a manifest is that of a file in the manifest's own folder."""
+    return is_inside(name) and PurePosixPath(name).name == name
+
+
+def checkpoint_sha(folder: Path, epoch: int) -> str:
+    """One hash for the weights and config of an epoch: the identity of what a synthetic set is made from."""
+    return sha256_of_json(checkpoint_hashes(epoch_folder(folder, epoch)))
+
+
 def save_checkpoint(model: "ModelMixin", folder: Path) -> None:
-    """What later steps need of a model, in diffusers' folder format, with a manifest of its files' hashes.
+    """Save in diffusers' folder format: a Class-Encoder as its table of conditions, a UNet in half precision.
 
-    A Class-Encoder is kept as its table, a UNet in half precision: sampling needs no more, and a run has many of
-    them. The full weights are in the resume state. A checkpoint that is there stays.
-
-    Raises `BadInput` if it is there and damaged: it is not written over, and not taken for good.
+    Sampling needs no more, and a run has many checkpoints; the full weights are in the resume state. A checkpoint that
+    exists is kept. Raises `BadInput` if it exists and is damaged: it is neither overwritten nor trusted.
     """
     if folder.exists():
         if not is_intact(folder):
-            raise BadInput(f"{folder} is damaged: move the folder {folder.parent} away and run its step again.")
+            raise BadInput(f"{folder} is damaged: move the folder {folder.parent} away and run its stage again.")
         return
-    kept = model.tabulated() if hasattr(model, "tabulated") else half_precision_copy(model)
-    with atomic_write(folder) as beside:
-        kept.save_pretrained(beside, safe_serialization=True)
-        files = {file.name: sha256_of_file(file) for file in sorted(beside.iterdir())}
-        write_json(beside / "manifest.json", files)
+    saved = model.tabulated() if hasattr(model, "tabulated") else half_precision_copy(model)
+    with atomic_write(folder) as temporary:
+        saved.save_pretrained(temporary, safe_serialization=True)
+        files = {file.name: sha256_of_file(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", files)
 
 
 def half_precision_copy(unet: "UNet2DConditionModel") -> "UNet2DConditionModel":
-    """A copy in float16, without a second one in float32. Raises `BadInput` if a weight is beyond its range."""
-    # Where its base lay is this machine's, and would give other bytes elsewhere.
+    """A float16 copy, without a second float32 one in memory. Raises `BadInput` if a weight exceeds float16's range."""
+    import torch
+
+    # The path of its base model differs between machines, and so would the config's bytes.
     config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}
     with torch.device("meta"):
         copy = type(unet).from_config(config)
@@ -73,7 +72,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def find_damage(folder: Path) -> str:
-    """The first file of a checkpoint that is not as it was written, in words; empty if all are."""
+    """Names the first file of a checkpoint that is missing or altered; empty if there is none."""
     for name, sha in checkpoint_hashes(folder).items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -86,20 +85,23 @@ def load_checkpoint(
     kind: "type[ModelMixin]",
     folder: Path,
     epoch: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
 ) -> "ModelMixin":
-    """The model of one epoch, its files' hashes checked. Raises `BadInput`: weights are never made up."""
+    """The frozen model of one epoch, in `dtype` (float32 by default). Raises `BadInput` for a missing or damaged one."""
+    import torch
+
     path = epoch_folder(folder, epoch)
     if not (path / "manifest.json").is_file():
-        found = sorted(int(p.name[6:]) for p in folder.glob("epoch_*"))
-        has = f"epochs {found[0]} to {found[-1]}" if found else "no checkpoint"
+        epochs = sorted(int(p.name[6:]) for p in folder.glob("epoch_*"))
+        has = f"epochs {epochs[0]} to {epochs[-1]}" if epochs else "no checkpoint"
         raise BadInput(f"There is no checkpoint of epoch {epoch} in {folder}, which has {has}.")
-    broken = find_damage(path)
-    if broken:
-        raise BadInput(f"The checkpoint {path} is damaged: {broken}. Move {folder} away and run its step again.")
+    if damage := find_damage(path):
+        raise BadInput(f"The checkpoint {path} is damaged: {damage}. Move {folder} away and run its stage again.")
     try:
-        model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, torch_dtype=dtype)
+        model = kind.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, torch_dtype=dtype or torch.float32
+        )
     except Exception as error:
         raise BadInput(f"The checkpoint {path} cannot be loaded: {first_line(error)}") from None
     return model.to(device).requires_grad_(False).eval()

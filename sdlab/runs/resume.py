@@ -1,125 +1,152 @@
-"""TODO runs.resume."""
+"""Resume states (`resume.safetensors`): full-precision weights, Adam's moments, and the position of a training."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import safe_open, save_file
+import numpy as np
+from safetensors import safe_open
 
 from sdlab.errors import BadInput, first_line
 from sdlab.runs.files import atomic_write, check_fields, check_free_space, raise_on_read_error, read_json
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """Where a training is: after `epochs` whole epochs and `steps` more of the next."""
+    """Where a training is: after `epochs` whole epochs and `steps` training steps of the next."""
 
     epochs: int = 0
     steps: int = 0
-    generator: torch.Tensor | None = None  # its state, uint8, where steps > 0
-    losses: list[torch.Tensor] = field(default_factory=list)  # of those steps, scalars
-    seconds: float = 0.0  # clocked for them
+    generator: "torch.Tensor | None" = None  # its state, uint8, if steps > 0
+    losses: "list[torch.Tensor]" = field(default_factory=list)  # of those steps, scalars
+    seconds: float = 0.0  # measured for them
 
 
 def load_history(folder: Path, lineage: str) -> list[dict]:
-    """The epochs already trained. Raises `BadInput` if the folder holds another training."""
-    if not (folder / "history.json").exists():
+    """The records of the epochs trained so far. Raises `BadInput` if the folder holds another training."""
+    path = folder / "history.json"
+    if not path.exists():
         return []
-    path, form = folder / "history.json", dict(lineage=str, plan=dict, epochs=list)
-    kept = check_fields(read_json(path), form, path)
-    if kept["lineage"] != lineage:
+    history = check_fields(read_json(path), dict(lineage=str, plan=dict, epochs=list), path)
+    if history["lineage"] != lineage:
         raise BadInput(
             f"{folder} holds a training with another plan or other inputs: give the experiment another name, "
             "or move the folder away."
         )
-    return kept["epochs"]
+    return history["epochs"]
 
 
 def save_resume_state(
-    path: Path, lineage: str, at: TrainingPosition, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
+    path: Path, lineage: str, at: TrainingPosition, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", scaler
 ) -> None:
-    """Weights and Adam's moments in full precision, in one safetensors file: one rolling state, not one an epoch.
+    """Write one rolling state, with a hash of all of it, so that an altered one is not resumed from.
 
-    For SD 2.0's UNet these are 10.4 GB: they are written from where they lie, without a copy (on a GPU: one in RAM).
-    With them goes a hash of them all, so that a state that was altered is not gone on from.
+    For SD 2.0's UNet it has 10.4 GB: tensors are written from where they are, without a copy (on a GPU: one in RAM).
     """
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"adam.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     if at.steps:
         tensors |= {"generator": at.generator, "losses": torch.stack(at.losses).float()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    kept = dict(lineage=lineage, epochs=at.epochs, steps=at.steps, seconds=at.seconds, scaler=scaler.state_dict())
-    digest = hashlib.sha256(json.dumps(kept).encode())
-    for name in sorted(tensors):
-        hash_tensor(digest, name, tensors[name])
+    about = dict(lineage=lineage, epochs=at.epochs, steps=at.steps, seconds=at.seconds, scaler=scaler.state_dict())
+    about["sha256"] = state_digest(about, ((name, tensors[name].numpy()) for name in sorted(tensors)))
     check_free_space(path, sum(value.nbytes for value in tensors.values()), f"The resume state {path.name}")
-    kept["sha256"] = digest.hexdigest()
-    with atomic_write(path) as beside:  # one entry of metadata: several come in any order
-        save_file(tensors, beside, metadata={"sdlab": json.dumps(kept)})
+    with atomic_write(path) as temporary:  # one entry of metadata: the order of several is random
+        save_file(tensors, temporary, metadata={"sdlab": json.dumps(about)})
 
 
-def is_behind(path: Path, epochs: int) -> bool:
-    """Whether a state is of before the end of its training: that was killed between its last checkpoint and its last state."""
+def state_digest(about: dict, tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """sha256 over a state's metadata (without its own hash), names and values."""
+    sha = hashlib.sha256(json.dumps(about).encode())
+    for name, value in tensors:
+        sha.update(name.encode())
+        sha.update(value.reshape(-1).view(np.uint8))
+    return sha.hexdigest()
+
+
+def read_about(path: Path) -> tuple[dict, list[str]]:
+    """A state's metadata and the sorted names of its tensors. Raises whatever a damaged file makes the parsers raise."""
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["sdlab"]), sorted(file.keys())
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors one by one. The file is opened for each, so that a large one does not stay mapped in memory as a whole."""
+    for name in names:
+        with safe_open(path, "np") as file:
+            yield name, file.get_tensor(name)
+
+
+def is_resume_state_intact(path: Path) -> bool:
+    """True if the state is as `save_resume_state` wrote it."""
     try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["sdlab"])["epochs"] < epochs
-    except Exception:  # none, or none that can be read: nothing needs it any more, and `sdlab verify` names it
+        about, names = read_about(path)
+        return about.pop("sha256") == state_digest(about, read_tensors(path, names))
+    except Exception:  # whatever a damaged file makes the parsers raise
         return False
 
 
-def hash_tensor(digest, name: str, value: torch.Tensor) -> None:
-    """Its name and bytes, to a hash."""
-    digest.update(name.encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy())
+def is_behind(path: Path, epochs: int) -> bool:
+    """True if the resume state is older than the final checkpoint: the training was killed between the two writes."""
+    try:
+        return read_about(path)[0]["epochs"] < epochs
+    except Exception:  # none, or a damaged one: nothing needs it any more, and `sdlab verify` names it
+        return False
 
 
-@torch.no_grad()
 def load_resume_state(
-    path: Path, lineage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler
+    path: Path, lineage: str, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", scaler
 ) -> TrainingPosition:
-    """Fill `model`, `optimizer` and `scaler` from the state file; where that training was. Raises `BadInput`."""
+    """Fill `model`, `optimizer` and `scaler` from a state; the position of its training. Raises `BadInput`."""
+    import torch
+
     if not path.exists():
         return TrainingPosition()
-    try:
-        with raise_on_read_error(path):  # safetensors would say that it is not there
-            path.open("rb").close()
-        with safe_open(path, "pt") as file:
-            kept, names = json.loads(file.metadata()["sdlab"]), sorted(file.keys())
-        sha256 = kept.pop("sha256")
-        digest = hashlib.sha256(json.dumps(kept).encode())
-        if kept["lineage"] != lineage:
-            raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
-        weights, parameters, more = model.state_dict(), dict(model.named_parameters()), {}
-        for name in names:
-            value = read_tensor(path, name)
-            hash_tensor(digest, name, value)
-            kind, _, rest = name.partition(".")
+    weights, parameters, rest = model.state_dict(), dict(model.named_parameters()), {}
+
+    def fill() -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each tensor for the digest after it was copied to its place."""
+        for name, value in read_tensors(path, names):
+            kind, _, key = name.partition(".")
+            tensor = torch.from_numpy(value)
             if kind == "model":
-                weights.pop(rest).copy_(value)
+                weights.pop(key).copy_(tensor)
             elif kind == "adam":
-                of, _, key = rest.rpartition(".")
-                optimizer.state[parameters[of]][key] = value.to(parameters[of].device, copy=True)
+                of, _, moment = key.rpartition(".")
+                optimizer.state[parameters[of]][moment] = tensor.to(parameters[of].device, copy=True)
             else:
-                more[name] = value.clone()
-        if weights or digest.hexdigest() != sha256:
+                rest[name] = tensor.clone()
+            yield name, value
+
+    try:
+        with raise_on_read_error(path):  # safetensors would say that it does not exist
+            path.open("rb").close()
+        about, names = read_about(path)
+        sha256 = about.pop("sha256")
+        if about["lineage"] != lineage:
+            raise BadInput(f"{path} belongs to a training with another plan or other inputs: move its folder away.")
+        with torch.no_grad():
+            intact = state_digest(about, fill()) == sha256
+        if weights or not intact:
             raise ValueError("its content is not what was written")
-        losses = list(more.get("losses", torch.empty(0)).to(next(model.parameters()).device))
-        at = TrainingPosition(kept["epochs"], kept["steps"], more.get("generator"), losses, kept["seconds"])
-        if kept["scaler"]:
-            scaler.load_state_dict(kept["scaler"])
+        losses = list(rest.get("losses", torch.empty(0)).to(next(model.parameters()).device))
+        at = TrainingPosition(about["epochs"], about["steps"], rest.get("generator"), losses, about["seconds"])
+        if about["scaler"]:
+            scaler.load_state_dict(about["scaler"])
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(
-            f"{path} is damaged ({first_line(error)}): move its folder away and run its step again."
+            f"{path} is damaged ({first_line(error)}): move its folder away and run its stage again."
         ) from None
     return at
-
-
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a file. Opened anew for each, so that not all of a large file stays mapped in memory at once."""
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)

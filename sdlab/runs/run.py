@@ -24,20 +24,23 @@ import yaml
 from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput
+from sdlab.runs.aside import move_results_aside
 from sdlab.runs.files import (
     atomic_write,
     folder_size,
     partial_writes,
     raise_on_write_error,
     remove_partial_writes,
-    sha256_of_file,
-    write_hashed_json,
     write_json,
 )
 from sdlab.runs.locks import Lock
 from sdlab.runs.progress import Progress
 from sdlab.runs.records import (
     STAGES,
+    FileHash,
+    Reason,
+    StageRecord,
+    State,
     check_stage,
     environment,
     environment_change,
@@ -45,7 +48,7 @@ from sdlab.runs.records import (
     now,
     read_record,
     record_digest,
-    record_path,
+    write_record,
 )
 from sdlab.runs.storage import check_storage
 from sdlab.settings import Settings
@@ -93,14 +96,14 @@ class Run(Experiment):
         self.inputs = {name: value.fingerprint() for name, value in inputs.items() if value is not None}
         state = check_stage(settings, self.stage.number)
         self.check_inputs()
-        if settings.storage and state.state != "done" and self.stage.number <= "04":  # long before the first search
+        if settings.storage and state.state != State.DONE and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
         self.started, self.lock = time.monotonic(), None
         if helping:
             self.record = read_record(settings, self.stage.number)
-            self.finished = self.record is None or state.state == "done"
+            self.finished = self.record is None or state.state == State.DONE
         else:
-            self.finished = state.state == "done" or not self.begin()
+            self.finished = state.state == State.DONE or not self.begin()
         writes_progress = not (self.finished or helping)
         self.progress = functools.partial(Progress, self.folder / "progress.json" if writes_progress else None)
 
@@ -113,7 +116,7 @@ class Run(Experiment):
         """Raises `BadInput` if the data set or the base model changed since stage 00."""
         first = read_record(self.settings, "00")
         for name, fingerprint in self.inputs.items():
-            if first is not None and first.get("inputs", {}).get(name) != fingerprint:
+            if first is not None and first.inputs.get(name) != fingerprint:
                 raise BadInput(
                     f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that "
                     f"00_data_and_base_model saw in {self.folder} (its content differs): restore it, or give the experiment "
@@ -126,40 +129,41 @@ class Run(Experiment):
         if self.lock.note and not os.environ.get("SDLAB_PROGRESS_FILE_ONLY"):  # else `sdlab run` prints it
             print(self.lock.note)
         remove_partial_writes(partial_writes(self.folder))
-        if check_stage(self.settings, self.stage.number).state == "done":
+        state = check_stage(self.settings, self.stage.number)
+        if state.state == State.DONE:
             self.lock.release()
             return False
+        if state.reason == Reason.MORE_TRIALS:
+            move_results_aside(self.settings, self.stage.number)
         before = read_record(self.settings, self.stage.number)
-        self.record = dict(
-            step=self.stage.stem,
+        self.record = StageRecord(
+            stage=self.stage.stem,
             settings=self.settings.of_stage(self.stage.number),
             upstream={n: record_digest(read_record(self.settings, n)) for n in self.stage.upstream},
             inputs=self.inputs,
-            outputs={},
-            begun=before["begun"] if before else now(),
-            opened=f"{now()} by process {os.getpid()}",
-            finished=None,
-            seconds=before["seconds"] + self.lost_seconds(before) if before else 0.0,
+            begun=before.begun if before else now(),
             opened_at=time.time(),
-            made_with=environment(self.base),
-            made_with_before=[],
+            environment=environment(self.base),
+            seconds=before.seconds + self.lost_seconds(before) if before else 0.0,
         )
         if before:
-            means = [*before.get("made_with_before", []), before.get("made_with", {})]
-            self.record["made_with_before"] = [m for m in means if environment_differences(m, self.record["made_with"])]
+            earlier = [*before.earlier_environments, before.environment]
+            self.record.earlier_environments = [
+                e for e in earlier if environment_differences(e, self.record.environment)
+            ]
             if note := environment_change(self.record):
                 print(note)
-        write_hashed_json(record_path(self.settings, self.stage.number), self.record)
+        write_record(self.settings, self.record)
         # After the record, which tells that it is this stage's.
         with atomic_write(self.folder / "settings.yaml") as partial:
             partial.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         return True
 
-    def lost_seconds(self, before: dict) -> float:
+    def lost_seconds(self, before: StageRecord) -> float:
         """Seconds that an unfinished attempt worked: from its start until its last sign of progress."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
-            return round(max(state["time"] - before["opened_at"], 0.0), 1)
+            return round(max(state["time"] - before.opened_at, 0.0), 1)
         return 0.0
 
     def finish(self, *outputs: Path) -> None:
@@ -175,36 +179,33 @@ class Run(Experiment):
             if not below:
                 raise BadInput(f"{output} is missing: run all cells above this one first.")
             files += below
-        self.record["outputs"] = {
-            path.relative_to(self.folder).as_posix(): dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
+        self.record.outputs = {
+            path.relative_to(self.folder).as_posix(): FileHash.of(path)
             for path in files
             if path.name not in NOT_OUTPUTS
         }
-        self.record["beside"] = self.side_outputs()
-        self.record["finished"] = now()
-        self.record["measured"] = dict(folder_bytes=folder_size(self.folder), peak_memory_bytes=peak_memory())
-        self.record["seconds"] += round(time.monotonic() - self.started, 1)
+        self.record.side_outputs = self.side_outputs()
+        self.record.finished = now()
+        self.record.measured = dict(folder_bytes=folder_size(self.folder), peak_memory_bytes=peak_memory())
+        self.record.seconds += round(time.monotonic() - self.started, 1)
         shutil.rmtree(self.work_folder, ignore_errors=True)  # all of it is part of the results now
-        write_hashed_json(record_path(self.settings, self.stage.number), self.record)
+        write_record(self.settings, self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
 
-    def side_outputs(self) -> dict[str, dict]:
+    def side_outputs(self) -> dict[str, FileHash]:
         """Hashes of files that no later stage reads, but a reader looks at: histories, the plan, pictures, test readings.
 
         Files that only grow are hashed up to their present length.
         """
         others = set()  # of other stages
         for number in STAGES.keys() - {self.stage.number}:
-            others |= (read_record(self.settings, number) or {}).get("beside", {}).keys() - set(SHARED)
+            if record := read_record(self.settings, number):
+                others |= record.side_outputs.keys() - set(SHARED)
         paths = [path for pattern in SIDE_OUTPUTS for path in sorted(self.folder.glob(pattern)) if path.is_file()]
-        named = {path.relative_to(self.folder).as_posix(): path for path in paths}
-        return {
-            name: dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
-            for name, path in named.items()
-            if name not in others
-        }
+        names = {path.relative_to(self.folder).as_posix(): path for path in paths}
+        return {name: FileHash.of(path) for name, path in names.items() if name not in others}
 
     def save_metrics(self, name: str, result: Any) -> Any:
         """Write a result to `metrics/<name>.json`, unless the stage is finished; returns it as it reads back."""
@@ -216,7 +217,7 @@ class Run(Experiment):
         """The sealed protocol promises that the test set only fills the tables: each reading is on record."""
         path = self.folder / "test_readings.jsonl"
         with raise_on_write_error(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(time=now(), step=self.stage.stem, what=purpose)) + "\n")
+            file.write(json.dumps(dict(time=now(), stage=self.stage.stem, purpose=purpose)) + "\n")
 
 
 def peak_memory() -> int:
@@ -227,19 +228,3 @@ def peak_memory() -> int:
         if used:
             return used
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def new_aside_folder(folder: Path) -> Path:
-    """The path `aside/<now>/` of a run, which nothing reads; not created yet."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = (f"{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
-    return next(folder / "aside" / name for name in names if not (folder / "aside" / name).exists())
-
-
-def move_aside(folder: Path, paths: list[Path], aside: Path) -> None:
-    """Move files and folders of a run below `aside`. Raises `BadInput`."""
-    with raise_on_write_error(aside):
-        for path in paths:
-            target = aside / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)

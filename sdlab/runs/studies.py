@@ -20,7 +20,7 @@ from optuna.trial import Trial
 
 from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, cannot_write, file_lock, write_errno
-from sdlab.runs.storage import check_storage, storage_url
+from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.settings import Settings
 
 
@@ -32,7 +32,7 @@ def study_name(settings: Settings, search: str) -> str:
 def open_storage(settings: Settings) -> optuna.storages.BaseStorage:
     """SQLite lets one process write at a time; the others wait longer than its default of five seconds."""
     url = storage_url(settings)
-    if url.startswith("sqlite"):
+    if sqlite_file(settings):
         return optuna.storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=120)))
     return optuna.storages.get_storage(url)
 
@@ -65,7 +65,7 @@ def rename_study(settings: Settings, search: str, suffix: str) -> None:
                 raise BadInput(
                     f"A process runs a trial of {name} (`sdlab work`): wait for it, or stop it; nothing was changed."
                 )
-    if not settings.storage and not (settings.run_folder / "searches.db").exists():
+    if (file := sqlite_file(settings)) and not file.exists():
         return
     with raise_on_storage_error(settings):
         storage = open_storage(settings)
@@ -83,9 +83,7 @@ def raise_on_storage_error(settings: Settings) -> Iterator[None]:
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ or error
         if number := write_errno(cause):
-            place = (
-                f"The `storage` of {settings.experiment}" if settings.storage else settings.run_folder / "searches.db"
-            )
+            place = sqlite_file(settings) or f"The `storage` of {settings.experiment}"
             raise BadInput(cannot_write(place, number)) from None
         raise BadInput(
             f"The `storage` of {settings.experiment} failed ({str(cause).splitlines()[0]}): when it is available again, "

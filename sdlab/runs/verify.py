@@ -1,353 +1,321 @@
-"""An experiment's folder -> what in it is damaged, missing, foreign or stale, and the command that makes it anew.
+"""An experiment's folder -> what is damaged, missing, foreign or stale in it, and the command that mends just that.
 
-Every file is compared with the hash that was written down when it was made: results in the records of their steps, shards
-in their set's manifest, weights in their checkpoint's, a resume state in itself, a search's database in its export. And
-with what it was made from: a set of images with the checkpoints that are there now, a step with its upstream.
-Nothing is written. Nothing here imports torch.
+Every file is compared with the hash recorded when it was written: results in their stage's record, shards in their set's
+manifest, weights in their checkpoint's, a resume state in itself, a search's database in its export. Sets and stages are
+compared with what they were made from. Nothing is written. Nothing here imports torch.
 """
 
 import contextlib
-import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from sdlab.errors import BadInput
 from sdlab.runs.checkpoints import checkpoint_hashes, checkpoint_sha
-from sdlab.runs.files import check_fields, files_below, raise_on_read_error, read_hashed_json, read_json, sha256_of_file
-from sdlab.runs.records import STAGES, WRITES, read_record, record_digest, settings_differences
+from sdlab.runs.files import (
+    files_below,
+    raise_on_read_error,
+    read_hashed_json,
+    read_json,
+    sha256_of_bytes,
+    sha256_of_file,
+)
+from sdlab.runs.records import (
+    SEARCHES,
+    STAGES,
+    WRITES,
+    FileHash,
+    OlderRun,
+    StageRecord,
+    describe_changes,
+    is_search_extended,
+    read_record,
+    record_digest,
+    settings_differences,
+)
+from sdlab.runs.resume import is_resume_state_intact
 from sdlab.runs.shards import read_manifest, shard_path
+from sdlab.runs.storage import exported_trial, sqlite_file, stored_trials
 from sdlab.settings import Settings
 
-# What a run leaves that is hashed nowhere: of no use to any later step, or checked otherwise.
-FREE = {"progress.json", "searches.db", "searches.db-journal", "searches.db-wal", "searches.db-shm"}
-# Results that name a set.
+# Results that name a set, by their stage.
 SETS_OF = {"01": "after_1", "02": "after_2", "03": "after_3", "04": "after_4", "05": "scaling"}
+ALTERED = "its content is not what was written"
+
+
+class FindingState(StrEnum):
+    DAMAGED = "damaged"
+    MISSING = "missing"
+    FOREIGN = "foreign"
+    STALE = "stale"
+
+
+class Action(Enum):
+    """What mends a finding; the value is the sentence that says so."""
+
+    REPAIR = "sdlab repair {experiment} {target}"
+    REDO = "sdlab run {experiment} --redo {target}"
+    MOVE_AWAY = "move {target} away: no stage reads it"
+    RESTORE_COPY = "put a copy of it back: it cannot be made again"
+    NOTHING = "nothing has to be done: {target}"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """`target` is a path of the experiment's folder, a stage's number (REDO), or a reason (NOTHING)."""
+
+    action: Action
+    target: str = ""
+
+    def sentence(self, experiment: str) -> str:
+        """The command or advice; `experiment` as the command line names it."""
+        return self.action.value.format(experiment=experiment, target=self.target)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`state` is one of `damaged`, `missing`, `foreign`, `stale`; `path` is relative to the experiment's folder."""
+    """A path relative to the experiment's folder, what is wrong with it, and what mends it."""
 
     path: str
-    state: str
+    state: FindingState
     why: str
-    repair: str
+    repair: Repair
 
 
-def verify(settings: Settings, heard: Callable[[int], Any] | None = None) -> tuple[list[Finding], int]:
-    """What is wrong with an experiment's folder, and how many files were read. `heard` is told each one's bytes.
+def verify(settings: Settings, on_read: Callable[[int], Any] = lambda _: None) -> tuple[list[Finding], int]:
+    """All findings, and the number of files read; `on_read` is called with each file's bytes.
 
-    Raises `BadInput` if there is no experiment, or if one of its files cannot be read, which says nothing of its content.
+    Raises `BadInput` if there is no experiment, if it is an earlier version's, or if a file may not be read.
     """
     folder = settings.run_folder
     if not folder.is_dir():
         raise BadInput(f"There is no experiment folder {folder}: `sdlab run {settings.experiment}` makes it.")
     for path in files_below(folder):
-        with raise_on_read_error(path), contextlib.suppress(FileNotFoundError):  # gone meanwhile
-            if path.is_file():  # no pipe, which would wait
+        with raise_on_read_error(path), contextlib.suppress(FileNotFoundError):  # vanished meanwhile
+            if path.is_file():  # a pipe would wait
                 path.open("rb").close()
-    return Verification(settings, heard or (lambda _: None)).findings()
+    checks = Checks(settings, on_read)
+    records = checks.records = read_records(checks)
+    for number, record in records.items():
+        check_stage_files(checks, number, record)
+    for number in STAGES:
+        check_executed_copy(checks, number)
+    for part in ("class_encoder", "unet"):
+        check_checkpoints(checks, part)
+    for synthetic_set in sorted((folder / "synthetic").glob("*")):
+        check_set(checks, synthetic_set)
+    for number, search in SEARCHES.items():
+        if number in records and records[number].finished:
+            check_search(checks, search)
+    check_foreign_files(checks)
+    return sorted(checks.findings, key=lambda f: (f.state, f.path)), len(checks.seen)
 
 
-class Verification:
-    """One look at everything. Files that were accounted for are kept, so that those that nothing names stand out."""
+class Checks:
+    """The findings so far, and the files that were accounted for: the others are foreign."""
 
-    def __init__(self, settings: Settings, heard: Callable[[int], Any]):
-        self.settings, self.folder, self.heard = settings, settings.run_folder, heard
-        self.seen: dict[str, bool] = {}  # relative path -> whether it is as it was written
-        self.found: list[Finding] = []
+    def __init__(self, settings: Settings, on_read: Callable[[int], Any]):
+        self.settings, self.folder, self.on_read = settings, settings.run_folder, on_read
+        self.findings: list[Finding] = []
+        self.seen: dict[str, bool] = {}  # relative path -> True if it is as it was written
+        self.records: dict[str, StageRecord] = {}
 
-    def findings(self) -> tuple[list[Finding], int]:
-        records = self.known = self.records()
-        self.unfinished = len(records) < len(STAGES) or any(not record["finished"] for record in records.values())
-        self.last = max(records, key=lambda number: records[number]["opened_at"], default="")
-        for number, record in records.items():
-            self.step(number, record)
-        for number in STAGES:
-            self.notebook(number)
-        for part in ("class_encoder", "unet"):
-            for epoch in sorted((self.folder / part).glob("epoch_*")):
-                self.checkpoint(part, epoch)
-            self.resume_state(part, self.folder / part / "resume.safetensors")
-        for made in sorted((self.folder / "synthetic").glob("*")):
-            self.synthetic(made)
-        for number, search in (("02", "search_1"), ("04", "search_2")):
-            if number in records and records[number]["finished"] and not self.settings.storage:
-                self.search(search)
-        self.strangers()
-        return sorted(self.found, key=lambda f: (f.state, f.path)), len(self.seen)
+    @property
+    def unfinished(self) -> bool:
+        return len(self.records) < len(STAGES) or not all(record.finished for record in self.records.values())
 
-    # ---------------------------------------------------------------------------------------------- helpers
+    def name(self, path: Path | str) -> str:
+        return path if isinstance(path, str) else path.relative_to(self.folder).as_posix()
 
-    def add(self, path: str | Path, state: str, why: str, repair: str) -> None:
-        name = path if isinstance(path, str) else path.relative_to(self.folder).as_posix()
+    def add(self, path: Path | str, state: FindingState, why: str, repair: Repair | None = None) -> None:
+        name = self.name(path)
         self.seen[name] = False
-        self.found.append(Finding(name, state, why, repair))
+        self.findings.append(Finding(name, state, why, repair or repair_of(name)))
 
-    def again(self, path: str) -> str:
-        """The command that makes `path` anew; a training's files only all together."""
-        part = path.partition("/")[0]
-        if path == "settings.yaml":
-            return "nothing has to be done: it is written anew when the next step begins"
-        if part in ("pictures", "artifacts") or path == "metrics/plan.json":
-            return "nothing has to be done: it is only looked at, and no step reads it"
-        if path == "test_readings.jsonl":
-            return "put a copy of it back: it cannot be made again"
-        whole = part if part in ("class_encoder", "unet") else path
-        return f"sdlab repair {self.settings.experiment} {whole}"
-
-    def compare(self, name: str, noted: dict, number: str, prefix: bool = False) -> None:
-        """A file with its noted hash and size; with `prefix`, only its first bytes, since it grows."""
-        path, repair = self.folder / name, self.again(name)
+    def compare(
+        self, path: Path, sha256: str, missing: str, size: int | None = None, repair: Repair | None = None
+    ) -> None:
+        """A file with its recorded hash and size. One that grows (`.jsonl`) has to begin with the recorded bytes."""
         if not path.is_file():
-            self.add(name, "missing", f"{STAGES[number].stem} wrote it", repair)
+            self.add(path, FindingState.MISSING, missing, repair)
             return
-        size = path.stat().st_size
-        self.heard(size)
-        if size != noted["bytes"] and not (prefix and size > noted["bytes"]):
-            self.add(name, "damaged", f"{size} bytes instead of {noted['bytes']}", repair)
-        elif sha256_of_first_bytes(path, noted["bytes"]) != noted["sha256"]:
-            self.add(name, "damaged", "its content is not what was written", repair)
+        present = path.stat().st_size
+        size = present if size is None else size
+        self.on_read(present)
+        if present != size and not (path.suffix == ".jsonl" and present > size):
+            self.add(path, FindingState.DAMAGED, f"{present} bytes instead of {size}", repair)
+        elif (sha256_of_file(path) if present == size else sha256_of_bytes(path.read_bytes()[:size])) != sha256:
+            self.add(path, FindingState.DAMAGED, ALTERED, repair)
         else:
-            self.seen.setdefault(name, True)
+            self.seen.setdefault(self.name(path), True)
 
-    # ------------------------------------------------------------------------------------------------ steps
 
-    def records(self) -> dict[str, dict]:
-        found = {}
-        for number in STAGES:
-            name = f"records/{number}.json"
-            try:
-                record = read_record(self.settings, number)
-                if record is not None and record["step"] != STAGES[number].stem:
-                    raise BadInput("of another step")
-            except BadInput:
-                self.add(name, "damaged", "its content is not what was written", self.again(name))
-                continue
-            if record is not None:
-                found[number], self.seen[name] = record, True
-            elif left := [path for part in WRITES[number] for path in self.folder.glob(part)]:  # it is written first
-                why = f"there is {left[0].relative_to(self.folder).as_posix()}, which {STAGES[number].stem} wrote"
-                self.add(name, "missing", why, self.again(name))
-        return found
+def repair_of(name: str) -> Repair:
+    """What makes a file again; of a training's, all of them together."""
+    part = name.partition("/")[0]
+    if name == "settings.yaml":
+        return Repair(Action.NOTHING, "the next stage writes it when it begins")
+    if part in ("pictures", "artifacts") or name == "metrics/plan.json":
+        return Repair(Action.NOTHING, "people look at it, no stage reads it")
+    if name == "test_readings.jsonl":
+        return Repair(Action.RESTORE_COPY)
+    return Repair(Action.REPAIR, part if part in ("class_encoder", "unet") else name)
 
-    def step(self, number: str, record: dict) -> None:
-        """Its outputs and what lies beside them, its settings and its upstream."""
+
+def read_records(checks: Checks) -> dict[str, StageRecord]:
+    records = {}
+    for number, stage in STAGES.items():
         name = f"records/{number}.json"
-        for output, noted in record["outputs"].items():
-            self.compare(output, noted, number)
-        for path, noted in record.get("beside", {}).items():
-            if path != "settings.yaml" or number == self.last:  # each step writes it when it begins
-                self.compare(path, noted, number, prefix=path.endswith(".jsonl"))
-        changed = settings_differences(self.settings, number, record)
-        if changed:
-            self.add(name, "stale", f"{STAGES[number].stem} was made with other settings: {changed}", self.redo(number))
-        for upstream in STAGES[number].upstream:
-            path = f"records/{upstream}.json"
-            before = self.known.get(upstream)
-            if before is None and not (self.folder / path).exists() and path not in self.seen:
-                self.add(path, "missing", f"{STAGES[number].stem} was made from it", self.again(path))
-            elif before and before["finished"] and record_digest(before) != record["upstream"].get(upstream):
-                why = f"{STAGES[upstream].stem} was made anew since {STAGES[number].stem} was"
-                self.add(name, "stale", why, self.redo(number))
-
-    def redo(self, number: str) -> str:
-        return f"sdlab run {self.settings.experiment} --redo {number}"
-
-    def notebook(self, number: str) -> None:
-        name = f"records/{number}.notebook.json"
-        copy = f"notebooks/{STAGES[number].stem}.ipynb"
-        if not (self.folder / name).exists():
-            if (self.folder / copy).exists():  # else it was run by hand
-                self.add(name, "missing", f"it has the hash of {copy}", self.again(name))
-                self.seen.setdefault(copy, True)
-            return
         try:
-            noted = read_hashed_json(self.folder / name)
-            if list(noted) != [copy]:
-                raise BadInput("of another notebook")
-            check_fields(noted[copy], dict(sha256=str, bytes=int), self.folder / name)
+            record = read_record(checks.settings, number)
+            if record is not None and record.stage != stage.stem:
+                raise BadInput("of another stage")
+        except OlderRun:
+            raise
         except BadInput:
-            self.add(name, "damaged", "its content is not what was written", self.again(name))
-            return
-        self.seen[name] = True
-        for path, hashes in noted.items():
-            self.compare(path, hashes, number)
+            checks.add(name, FindingState.DAMAGED, ALTERED)
+            continue
+        if record is not None:
+            records[number], checks.seen[name] = record, True
+        elif files := [path for part in WRITES[number] for path in checks.folder.glob(part)]:  # a record comes first
+            why = f"{checks.name(files[0])} exists, which {stage.stem} wrote"
+            checks.add(name, FindingState.MISSING, why)
+    return records
 
-    # -------------------------------------------------------------------------------------------- checkpoints
 
-    def checkpoint(self, part: str, epoch: Path) -> None:
+def check_stage_files(checks: Checks, number: str, record: StageRecord) -> None:
+    """A stage's files, settings and upstream."""
+    name, stem, redo = f"records/{number}.json", STAGES[number].stem, Repair(Action.REDO, number)
+    latest = max(checks.records, key=lambda n: checks.records[n].opened_at)
+    for path, entry in [*record.outputs.items(), *record.side_outputs.items()]:
+        if path != "settings.yaml" or number == latest:  # each stage writes it when it begins
+            checks.compare(checks.folder / path, entry.sha256, f"{stem} wrote it", entry.bytes)
+    changes = settings_differences(checks.settings, number, record)
+    if changes and not is_search_extended(number, changes):
+        why = f"{stem} was made with other settings: {describe_changes(changes)}"
+        checks.add(name, FindingState.STALE, why, redo)
+    for upstream in STAGES[number].upstream:
+        path, before = f"records/{upstream}.json", checks.records.get(upstream)
+        if before is None and not (checks.folder / path).exists() and path not in checks.seen:
+            checks.add(path, FindingState.MISSING, f"{stem} was made from it")
+        elif before and before.finished and record_digest(before) != record.upstream.get(upstream):
+            why = f"{STAGES[upstream].stem} was made again since {stem} was"
+            checks.add(name, FindingState.STALE, why, redo)
+
+
+def check_executed_copy(checks: Checks, number: str) -> None:
+    copy = f"notebooks/{STAGES[number].stem}.ipynb"
+    path = checks.folder / "records" / f"{number}.notebook.json"
+    if not path.exists():
+        if (checks.folder / copy).exists():  # else it was run by hand
+            checks.add(path, FindingState.MISSING, f"it has the hash of {copy}")
+            checks.seen.setdefault(copy, True)
+        return
+    try:
+        content = read_hashed_json(path)
+        if list(content) != [copy]:
+            raise BadInput("of another notebook")
+        entry = FileHash.from_json(content[copy], path)
+    except BadInput:
+        checks.add(path, FindingState.DAMAGED, ALTERED)
+        return
+    checks.seen[checks.name(path)] = True
+    checks.compare(checks.folder / copy, entry.sha256, f"{STAGES[number].stem} wrote it", entry.bytes)
+
+
+def check_checkpoints(checks: Checks, part: str) -> None:
+    """Manifests and weights of all epochs, and the resume state."""
+    for epoch in sorted((checks.folder / part).glob("epoch_*")):
         try:
             hashes = checkpoint_hashes(epoch)
         except BadInput:
-            self.add(epoch / "manifest.json", "damaged", "it names no files and hashes", self.again(part))
-            return
-        self.seen.setdefault((epoch / "manifest.json").relative_to(self.folder).as_posix(), True)
-        for name, sha in hashes.items():
-            path = epoch / name
-            relative = path.relative_to(self.folder).as_posix()
-            if relative in self.seen:
-                continue  # of a finished step, by its record
-            if not path.is_file():
-                self.add(path, "missing", "its checkpoint's manifest names it", self.again(part))
-                continue
-            self.heard(path.stat().st_size)
-            if sha256_of_file(path) != sha:
-                self.add(path, "damaged", "its content is not what was written", self.again(part))
-            self.seen.setdefault(relative, True)
-
-    def resume_state(self, part: str, path: Path) -> None:
-        if not path.is_file():
-            return
-        self.heard(path.stat().st_size)
-        self.seen[path.relative_to(self.folder).as_posix()] = True
-        if not is_resume_state_intact(path):
-            self.add(path, "damaged", "its content is not what was written", self.again(part))
-
-    # -------------------------------------------------------------------------------------------- synthetic sets
-
-    def synthetic(self, made: Path) -> None:
-        name = (made / "manifest.json").relative_to(self.folder).as_posix()
-        relative = made.relative_to(self.folder).as_posix()
-        try:
-            manifest = read_manifest(made)
-            if manifest["key"] != made.name:
-                raise BadInput("of another set")
-        except BadInput:
-            there = (made / "manifest.json").exists()
-            killed_at_first = self.unfinished and not there and len(list(made.glob("shard_*"))) < 2
-            if made.is_dir() and not killed_at_first:
-                why = "its set's shards cannot be told without it"
-                self.add(name, "damaged" if there else "missing", why, self.way_out(made))
-                for path in made.iterdir():
-                    self.seen.setdefault(path.relative_to(self.folder).as_posix(), False)
-            return
-        self.seen[name] = True
-        for part, sha in (manifest["made_from"] or {}).get("checkpoints", {}).items():
-            epoch = manifest["made_from"]["config"][f"{part}_epoch"]
-            with contextlib.suppress(BadInput):
-                if checkpoint_sha(self.folder / part, epoch) != sha:
-                    why = f"made with another {part}/epoch_{epoch:02d} than is there now"
-                    self.add(name, "stale", why, f"move {relative}/ away, nothing reads it any more")
-        for index, noted in manifest["shards"].items():
-            path = shard_path(made, int(index))
-            repair = self.again(path.relative_to(self.folder).as_posix())
-            if not path.is_file():
-                self.add(path, "missing", "its set's manifest names it", repair)
-                continue
-            self.heard(path.stat().st_size)
-            self.seen[path.relative_to(self.folder).as_posix()] = True
-            if sha256_of_file(path) != noted["sha256"]:
-                self.add(path, "damaged", "its content is not what was written", repair)
-
-    def way_out(self, made: Path) -> str:
-        """Of a set without its manifest: make the step anew whose results stand on it, if one reads it still."""
-        for number, results in SETS_OF.items():
-            with contextlib.suppress(BadInput, OSError):
-                if made.name in json.dumps(read_json(self.folder / "metrics" / f"{results}.json")):
-                    return self.redo(number)
-        return f"move synthetic/{made.name}/ away: it was a trial's, and nothing reads it any more"
-
-    # -------------------------------------------------------------------------------------------------- searches
-
-    def search(self, search: str) -> None:
-        """A finished search's trials in the SQLite file, which the dashboard reads, with its export, which counts."""
-        path, export = self.folder / "searches.db", self.folder / "metrics" / f"{search}.json"
-        if not self.seen.get(f"metrics/{search}.json"):
-            return  # nothing to compare with
-        repair = "nothing has to be done: its results are in metrics/; `sdlab dashboard` needs a copy of it back"
-        if not path.is_file():
-            self.add(path, "missing", "the dashboard shows it; its results are in metrics/", repair)
-            return
-        self.heard(path.stat().st_size)
-        self.seen.setdefault("searches.db", True)
-        kept = read_json(export)
-        try:
-            study, exported = kept["study"], [exported_trial(trial) for trial in kept["trials"]]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            self.add(export, "damaged", "it is no search's", self.again(f"metrics/{search}.json"))
-            return
-        try:
-            stored = list(stored_trials(path, str(study)))
-        except (sqlite3.Error, KeyError, TypeError, ValueError, AttributeError) as error:
-            self.add(path, "damaged", f"SQLite cannot read it ({error})", repair)
-            return
-        if stored != exported:
-            self.add(path, "damaged", f"its trials of {search} are not those of metrics/{search}.json", repair)
-
-    # ------------------------------------------------------------------------------------------------- strangers
-
-    def strangers(self) -> None:
-        """Files that nothing named. Of a step that is not finished there may be any of its own."""
-        for path in files_below(self.folder):
-            name = path.relative_to(self.folder).as_posix()
-            if name in self.seen or name in FREE or name.startswith("aside/"):
-                continue
-            if path.name == ".lock" or name.startswith(".locks/"):
-                continue  # empty: what counts is who holds them
-            if self.unfinished and not name.endswith(".ipynb"):
-                continue
-            self.add(name, "foreign", "no step wrote it", "move it away")
+            checks.add(epoch / "manifest.json", FindingState.DAMAGED, "it names no files and hashes")
+            continue
+        checks.seen.setdefault(checks.name(epoch / "manifest.json"), True)
+        for path, sha256 in ((epoch / name, sha256) for name, sha256 in hashes.items()):
+            if checks.name(path) not in checks.seen:  # else its stage is finished, and has it in its record
+                checks.compare(path, sha256, "its checkpoint's manifest names it")
+    state = checks.folder / part / "resume.safetensors"
+    if state.is_file():
+        checks.on_read(state.stat().st_size)
+        checks.seen[checks.name(state)] = True
+        if not is_resume_state_intact(state):
+            checks.add(state, FindingState.DAMAGED, ALTERED)
 
 
-def sha256_of_first_bytes(path: Path, count: int) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while count and (chunk := file.read(min(count, 2**20))):
-            found.update(chunk)
-            count -= len(chunk)
-    return found.hexdigest()
-
-
-def is_resume_state_intact(path: Path) -> bool:
-    """Whether a state of `training.save_resume_state` is what was written."""
+def check_set(checks: Checks, folder: Path) -> None:
+    """A synthetic set's manifest, the checkpoints that it was made from, and its shards."""
+    name = checks.name(folder / "manifest.json")
     try:
-        with safe_open(path, "np") as file:
-            kept = json.loads(file.metadata()["sdlab"])
-            sha256, found = kept.pop("sha256"), hashlib.sha256(json.dumps(kept).encode())
-            for name in sorted(file.keys()):
-                found.update(name.encode())
-                found.update(file.get_tensor(name).tobytes())
-    except Exception:  # whatever a damaged file makes the parsers raise
-        return False
-    return found.hexdigest() == sha256
+        manifest = read_manifest(folder)
+        if manifest["key"] != folder.name:
+            raise BadInput("of another set")
+    except BadInput:
+        exists = (folder / "manifest.json").exists()
+        killed_at_first = checks.unfinished and not exists and len(list(folder.glob("shard_*"))) < 2
+        if folder.is_dir() and not killed_at_first:
+            state = FindingState.DAMAGED if exists else FindingState.MISSING
+            checks.add(name, state, "nothing else names its set's shards", repair_of_set(checks, folder))
+            for path in folder.iterdir():
+                checks.seen.setdefault(checks.name(path), False)
+        return
+    checks.seen[name] = True
+    made_from = manifest["made_from"] or dict(checkpoints={})
+    for part, sha256 in made_from["checkpoints"].items():
+        epoch = made_from["config"][f"{part}_epoch"]
+        with contextlib.suppress(BadInput):
+            if checkpoint_sha(checks.folder / part, epoch) != sha256:
+                why = f"made with another {part}/epoch_{epoch:02d} than is there now"
+                checks.add(name, FindingState.STALE, why, Repair(Action.MOVE_AWAY, checks.name(folder)))
+    for index, shard in manifest["shards"].items():
+        checks.compare(shard_path(folder, int(index)), shard["sha256"], "its set's manifest names it")
 
 
-def exported_trial(trial: dict) -> tuple[int, str, dict, dict, float | None]:
-    """As `stored_trials` gives it. Raises `KeyError`, `TypeError`, ... for what is no trial."""
-    rungs = {int(images): value for images, value in trial["intermediate"].items()}
-    return trial["number"], trial["state"], trial["params"], rungs, trial["value"]
+def repair_of_set(checks: Checks, folder: Path) -> Repair:
+    """For a set without its manifest: redo the stage whose results come from it; a trial's set is not needed."""
+    for number, results in SETS_OF.items():
+        with contextlib.suppress(BadInput, OSError):
+            if folder.name in json.dumps(read_json(checks.folder / "metrics" / f"{results}.json")):
+                return Repair(Action.REDO, number)
+    return Repair(Action.MOVE_AWAY, checks.name(folder))
 
 
-def stored_trials(path: Path, study: str) -> Iterator[tuple[int, str, dict, dict, float | None]]:
-    """Number, state, parameters, readings at the rungs and value of a study's trials.
+def check_search(checks: Checks, search: str) -> None:
+    """A finished search's trials in an SQLite file of the folder, which the dashboard shows, with its export."""
+    file, export = sqlite_file(checks.settings), checks.folder / "metrics" / f"{search}.json"
+    if file is None or not file.is_relative_to(checks.folder) or not checks.seen.get(checks.name(export)):
+        return  # a server, a file elsewhere, or nothing to compare with
+    repair = Repair(Action.NOTHING, "its results are in metrics/; `sdlab dashboard` needs a copy of it back")
+    if not file.is_file():
+        checks.add(file, FindingState.MISSING, "the dashboard shows it; its results are in metrics/", repair)
+        return
+    checks.on_read(file.stat().st_size)
+    checks.seen.setdefault(checks.name(file), True)
+    try:
+        content = read_json(export)
+        exported = [exported_trial(trial) for trial in content["trials"]]
+        stored = list(stored_trials(file, str(content["study"])))
+    except (sqlite3.Error, KeyError, TypeError, ValueError, AttributeError) as error:
+        checks.add(file, FindingState.DAMAGED, f"it cannot be compared with metrics/{search}.json ({error})", repair)
+        return
+    if stored != exported:
+        why = f"its trials of {search} are not those of metrics/{search}.json"
+        checks.add(file, FindingState.DAMAGED, why, repair)
 
-    Raises `sqlite3.Error`, or `KeyError`, `TypeError`, ... where the tables hold something else.
-    """
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        if (said := database.execute("pragma integrity_check").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(said)
-        trials = database.execute(
-            "select trial_id, number, state from trials where study_id = (select study_id from studies where study_name = ?) order by number",
-            (study,),
-        ).fetchall()
-        for trial, number, state in trials:
-            rows = database.execute(
-                "select param_name, param_value, distribution_json from trial_params where trial_id = ?", (trial,)
-            )
-            params = {
-                name: int(value) if json.loads(kind)["name"] == "IntDistribution" else value
-                for name, value, kind in rows
-            }
-            at = database.execute(
-                "select step, intermediate_value from trial_intermediate_values where trial_id = ?", (trial,)
-            )
-            rungs = dict(sorted(at.fetchall()))
-            value = database.execute("select value from trial_values where trial_id = ?", (trial,)).fetchone()
-            yield number, state.lower(), params, rungs, value[0] if value else None
+
+def check_foreign_files(checks: Checks) -> None:
+    """Files that nothing named. While a stage is unfinished, they may be its own."""
+    databases = (sqlite_file(checks.settings), checks.folder / "searches.db")
+    free = {f"{database}{suffix}" for database in databases for suffix in ("", "-journal", "-wal", "-shm")}
+    for path in files_below(checks.folder):
+        name = checks.name(path)
+        if name in checks.seen or name == "progress.json" or str(path) in free or name.startswith("aside/"):
+            continue
+        if path.name == ".lock" or name.startswith(".locks/"):  # empty: the system knows who holds them
+            continue
+        if not checks.unfinished or name.endswith(".ipynb"):
+            checks.add(name, FindingState.FOREIGN, "no stage wrote it", Repair(Action.MOVE_AWAY, name))

@@ -129,7 +129,7 @@ def classifier_work(s: Settings, facts: DatasetFacts, images: float, kind: str =
 def finished_optimum(settings: Settings, search: str) -> SamplingConfig | None:
     """The optimum of a search, if it is finished."""
     record = read_record(settings, {"search_1": "02", "search_2": "04"}[search])
-    return load_optimum(Experiment(settings), search) if record is not None and record["finished"] else None
+    return load_optimum(Experiment(settings), search) if record is not None and record.finished else None
 
 
 def simulate_pruning(settings: Settings, search: str, trials: int, repeats: int = 5) -> list[Counter]:

@@ -1,6 +1,6 @@
-"""One step in a child of this process, whose imports are paid: how it ended, killed or with a write refused.
+"""Run one stage in a child of this process, which has imported everything; it may be killed, or a write refused.
 
-The folders of a run that nothing disturbed, after each step, are what disturbed ones begin from and are compared with.
+The folders of an undisturbed run after each stage are where disturbed ones begin and what they are compared with.
 """
 
 import builtins
@@ -28,13 +28,13 @@ from sdlab.settings import Settings
 
 TESTS = Path(__file__).parents[1]
 NUMBERS = tuple(STAGES)
-# Clocked, or a hash of what is.
+# Measured times, and hashes of files that hold them.
 CLOCKED = {"seconds", "generation_seconds", "trial_seconds", "seconds_per_image_step", "sha256"}
 NOT_COMPARED = {"metrics/plan.json", "metrics/tables.json"}  # times, and hashes of records
 
 
 def settings_file(folder: Path) -> Path:
-    """Smoke depth with everything under `folder`, and a training state at every step."""
+    """Smoke depth with everything under `folder`, and a resume state at every training step."""
     folder.mkdir(parents=True, exist_ok=True)
     given = yaml.safe_load((TESTS / "smoke.yaml").read_text())
     given |= dict(
@@ -54,21 +54,21 @@ def without_clock(value):
 
 
 def content(run: Path) -> dict[str, object]:
-    """What a run promises to repeat: shards, checkpoints, latents, resume states byte for byte; results and records but for clocks."""
-    found = {}
+    """What a run promises to repeat: shards, checkpoints, latents, resume states as bytes; results and records without times."""
+    contents = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = path.relative_to(run).as_posix()
         if path.suffix in (".safetensors", ".npz") or name.startswith(("pictures/", "data/")):
-            found[name] = path.read_bytes()
+            contents[name] = path.read_bytes()
         elif path.suffix == ".json" and name.startswith(("metrics/", "synthetic/", "class_encoder/", "unet/")):
             if name not in NOT_COMPARED:
-                found[name] = without_clock(json.loads(path.read_text()))
+                contents[name] = without_clock(json.loads(path.read_text()))
         elif name.startswith("records/") and "notebook" not in name:
             record = json.loads(path.read_text())
-            found[name] = dict(
+            contents[name] = dict(
                 settings=record["settings"], outputs=sorted(record["outputs"]), done=bool(record["finished"])
             )
-    return found
+    return contents
 
 
 def differing(a: dict, b: dict) -> list[str]:
@@ -76,7 +76,7 @@ def differing(a: dict, b: dict) -> list[str]:
 
 
 def strays(run: Path) -> list[str]:
-    """Of a finished run: half files, and what unfinished steps keep."""
+    """Half-written files and intermediate results that a finished run should not have."""
     left = [p for p in run.rglob("*") if p.name.endswith((".part", ".parts")) or p.name in ("begun", "progress.json")]
     return [p.relative_to(run).as_posix() for p in left]
 
@@ -85,7 +85,7 @@ def strays(run: Path) -> list[str]:
 
 
 class Refusing:
-    """Writes down what asks the disk for something below a folder; the `at`-th is refused with an errno.
+    """Records all writes below a folder; the `at`-th is refused with an errno.
 
     Opening to write, making a folder, flushing and renaming: the points at which a write begins, reaches the disk and
     takes its name. What is written by other means (safetensors, SQLite) is refused where it is flushed, or by a full disk.
@@ -117,12 +117,12 @@ class Refusing:
             self.ask(target, "rename")
             return real_replace(source, target, **kwargs)
 
-        def made(path, *args, **kwargs):
+        def made_folder(path, *args, **kwargs):
             self.ask(path, "mkdir")
             return real_mkdir(path, *args, **kwargs)
 
         io.open = builtins.open = opened
-        os.open, os.fsync, os.replace, os.mkdir = os_opened, fsynced, replaced, made
+        os.open, os.fsync, os.replace, os.mkdir = os_opened, fsynced, replaced, made_folder
 
     def ask(self, path, what: str) -> None:
         path = Path(os.fsdecode(path))
@@ -135,8 +135,8 @@ class Refusing:
             raise OSError(self.number, os.strerror(self.number), str(path))
 
 
-def log_work(log: Path, step: str) -> None:
-    """Each piece of work that a kill may cost is written down as it begins."""
+def log_work(log: Path, stage: str) -> None:
+    """Log each piece of work that a kill may cost as it begins."""
 
     def logged(module, name: str, line: Callable) -> None:
         original = getattr(module, name)
@@ -156,7 +156,7 @@ def log_work(log: Path, step: str) -> None:
         lambda train, val, n, recipe, seed, *_: f"classifier {train.fingerprint()} {recipe} {seed}",
     )
     logged(search, "run_trial", lambda run, base, data, study, trial, *_: f"trial {study.study_name} {trial.number}")
-    if step in ("01", "03"):  # 00 times a few, for its plan
+    if stage in ("01", "03"):  # 00 times a few, for its plan
         logged(training, "noise_loss", lambda *_: "step")
 
 
@@ -164,7 +164,7 @@ def log_work(log: Path, step: str) -> None:
 
 
 def warm() -> None:
-    """Import what every step imports, once for all children. This process computes nothing and has one thread."""
+    """Import what every stage imports, once for all children. This process computes nothing and has one thread."""
     sys.path.append(str(TESTS))
     import diffusers
     import in_process  # noqa: F401  (registers papermill's engine)
@@ -179,24 +179,24 @@ def warm() -> None:
 
 def attempt(
     file: Path,
-    step: str,
+    stage: str,
     *,
     at: int | None = None,
     number: int = 0,
     log: Path | None = None,
     kill_after: float | None = None,
 ) -> dict | None:
-    """Run one step: `said` (its `BadInput`; "" if it ended well), `crash` (any other error), `asked` (all writes).
+    """Run one stage: `said` (its `BadInput`; "" if it ended well), `crash` (any other error), `asked` (all writes).
 
-    `at`, `number`: which write is refused, with which errno. `kill_after`: seconds after the step was opened until it is
+    `at`, `number`: which write is refused, with which errno. `kill_after`: seconds after the stage was opened until it is
     killed; None comes back then.
     """
     read, write = os.pipe()
-    record = Settings.from_file(file).run_folder / "records" / f"{step}.json"
+    record = Settings.from_file(file).run_folder / "records" / f"{stage}.json"
     child = os.fork()
     if child == 0:
         os.close(read)
-        ended = run_here(file, step, at, number, log)
+        ended = run_here(file, stage, at, number, log)
         with os.fdopen(write, "wb") as pipe:
             pickle.dump(ended, pipe)
         os._exit(0)
@@ -213,7 +213,7 @@ def attempt(
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
-    assert said or kill_after is not None, f"the child that ran {step} died"
+    assert said or kill_after is not None, f"the child that ran {stage} died"
     return pickle.loads(said) if said else None
 
 
@@ -221,17 +221,17 @@ def ended_already(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def run_here(file: Path, step: str, at: int | None, number: int, log: Path | None) -> dict:
+def run_here(file: Path, stage: str, at: int | None, number: int, log: Path | None) -> dict:
     ended = dict(said="", crash="")
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     settings = Settings.from_file(file)
     refusing = Refusing(settings.run_folder.parent, at, number)
     refusing.install()
     if log:
-        log_work(log, step)
+        log_work(log, stage)
     try:
         papermill.execute_notebook(
-            PROJECT_ROOT / "notebooks" / f"{STAGES[step].stem}.ipynb", None, parameters=settings.as_dict(),
+            PROJECT_ROOT / "notebooks" / f"{STAGES[stage].stem}.ipynb", None, parameters=settings.as_dict(),
             engine_name="in-process", progress_bar=False, cwd=PROJECT_ROOT / "notebooks",
         )  # fmt: skip
     except BadInput as error:
@@ -242,32 +242,32 @@ def run_here(file: Path, step: str, at: int | None, number: int, log: Path | Non
 
 
 def make_stages(folder: Path) -> dict[str, dict]:
-    """The undisturbed run: a copy of it after each step in `folder/after_NN`. Of each step its `seconds`, `asked`, `work`.
+    """The undisturbed run: a copy of it after each stage in `folder/after_NN`. Of each stage its `seconds`, `asked`, `work`.
 
-    Kept in `folder/stages.json`: made once.
+    Cached in `folder/stages.json`.
     """
     warm()
-    kept = folder / "stages.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    cached = folder / "stages.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
     shutil.rmtree(folder / "work", ignore_errors=True)
-    file, made = settings_file(folder / "work"), {}
-    for step in NUMBERS:
-        started, log = time.monotonic(), folder / f"work_{step}.log"
+    file, results = settings_file(folder / "work"), {}
+    for stage in NUMBERS:
+        started, log = time.monotonic(), folder / f"work_{stage}.log"
         log.write_text("")
-        ended = attempt(file, step, log=log)
+        ended = attempt(file, stage, log=log)
         assert not ended["said"] and not ended["crash"], ended
         work = log.read_text().splitlines()
-        made[step] = dict(seconds=time.monotonic() - started, asked=ended["asked"], work=work)
-        shutil.copytree(folder / "work" / "runs", folder / f"after_{step}", dirs_exist_ok=True)
-    kept.write_text(json.dumps(made))
-    return made
+        results[stage] = dict(seconds=time.monotonic() - started, asked=ended["asked"], work=work)
+        shutil.copytree(folder / "work" / "runs", folder / f"after_{stage}", dirs_exist_ok=True)
+    cached.write_text(json.dumps(results))
+    return results
 
 
-def before(stages: Path, step: str, place: Path) -> Path:
-    """A parameter file in `place`, whose experiment stands where `step` begins."""
+def before(stages: Path, stage: str, place: Path) -> Path:
+    """A parameter file in `place`, whose experiment is where `stage` begins."""
     shutil.rmtree(place / "runs", ignore_errors=True)
-    file, index = settings_file(place), NUMBERS.index(step)
+    file, index = settings_file(place), NUMBERS.index(stage)
     if index:
         shutil.copytree(stages / f"after_{NUMBERS[index - 1]}", place / "runs")
     return file

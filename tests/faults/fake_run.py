@@ -1,7 +1,6 @@
 """A finished run of a few kilobytes, in the form that the notebooks leave: for tests that alter its files by the thousand."""
 
 import contextlib
-import hashlib
 import json
 import sqlite3
 from pathlib import Path
@@ -12,13 +11,22 @@ from safetensors.numpy import save_file
 
 from sdlab.runs.checkpoints import checkpoint_sha
 from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
-from sdlab.runs.records import STAGES, read_record, record_digest, record_notebook, record_path
+from sdlab.runs.records import (
+    STAGES,
+    FileHash,
+    StageRecord,
+    read_record,
+    record_digest,
+    record_notebook,
+    write_record,
+)
+from sdlab.runs.resume import state_digest
 from sdlab.runs.shards import shard_path
 from sdlab.settings import Settings
 
 CLASSES, KEY = ("left", "right"), "0123456789abcdef"
-POINT = dict(class_encoder_epoch=1, unet_epoch=1, num_inference_steps=3, guidance_scale=1.5)
-OF_STEP = {
+CONFIG = dict(class_encoder_epoch=1, unet_epoch=1, num_inference_steps=3, guidance_scale=1.5)
+OUTPUTS = {
     "00": ("metrics/data.json",),
     "01": ("class_encoder",),
     "02": ("metrics/search_1.json",),
@@ -40,23 +48,22 @@ def write_run(settings: Settings) -> Path:
     write_set(folder)
     write_metrics(folder)
     write_searches(folder)
-    for number, step in STAGES.items():
-        outputs = [path for name in OF_STEP[number] for path in files_below(folder / name) if path.stem != "resume"]
-        record = dict(
-            step=step.stem,
+    for number, stage in STAGES.items():
+        outputs = [path for name in OUTPUTS[number] for path in files_below(folder / name) if path.stem != "resume"]
+        record = StageRecord(
+            stage=stage.stem,
             settings=settings.of_stage(number),
-            upstream={n: record_digest(read_record(settings, n)) for n in step.upstream},
+            upstream={n: record_digest(read_record(settings, n)) for n in stage.upstream},
             inputs={},
-            outputs={path.relative_to(folder).as_posix(): noted(path) for path in outputs},
-            beside={"settings.yaml": noted(folder / "settings.yaml")} if number == "07" else {},
             begun="2026-01-01T00:00:00+00:00",
-            opened="2026-01-01T00:00:00+00:00 by process 1",
-            finished="2026-01-01T00:00:01+00:00",
-            seconds=1.0,
             opened_at=1e9 + int(number),
-            made_with={},
+            environment={},
+            seconds=1.0,
+            finished="2026-01-01T00:00:01+00:00",
+            outputs={path.relative_to(folder).as_posix(): FileHash.of(path) for path in outputs},
+            side_outputs={"settings.yaml": FileHash.of(folder / "settings.yaml")} if number == "07" else {},
         )
-        write_hashed_json(record_path(settings, number), record)
+        write_record(settings, record)
     notebook = folder / "notebooks" / "07_paper_tables.ipynb"
     notebook.parent.mkdir()
     notebook.write_text("{}")
@@ -68,23 +75,17 @@ def files_below(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
-def noted(path: Path) -> dict:
-    return dict(sha256=sha256_of_file(path), bytes=path.stat().st_size)
-
-
 def write_checkpoint(part: Path) -> None:
-    """One epoch, and the state that a training goes on from."""
+    """One epoch, and the state that a training resumes from."""
     epoch = part / "epoch_01"
     epoch.mkdir(parents=True)
     save_file({"table": np.arange(6, dtype=np.float32)}, epoch / "diffusion_pytorch_model.safetensors")
     write_json(epoch / "config.json", dict(_class_name="ClassTable"))
     write_json(epoch / "manifest.json", {p.name: sha256_of_file(p) for p in files_below(epoch)})
     tensors = {"moment": np.ones((2, 3), np.float32), "weight": np.zeros(5, np.float32)}
-    kept = dict(lineage="0" * 64, epochs=1, steps=0)
-    found = hashlib.sha256(json.dumps(kept).encode())
-    for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].tobytes())
-    save_file(tensors, part / "resume.safetensors", {"sdlab": json.dumps(kept | dict(sha256=found.hexdigest()))})
+    about = dict(lineage="0" * 64, epochs=1, steps=0)
+    about["sha256"] = state_digest(about, sorted(tensors.items()))
+    save_file(tensors, part / "resume.safetensors", {"sdlab": json.dumps(about)})
 
 
 def write_set(folder: Path, shards: int = 2, size: int = 4) -> None:
@@ -94,15 +95,15 @@ def write_set(folder: Path, shards: int = 2, size: int = 4) -> None:
         images = rng.integers(0, 256, (size, 3, 8, 8)).astype(np.uint8)
         save_file({"images": images, "labels": np.arange(size, dtype=np.int64) % 2}, shard_path(made, index))
     checkpoints = {part: checkpoint_sha(folder / part, 1) for part in ("class_encoder", "unet")}
-    noted_shards = {str(i): dict(sha256=sha256_of_file(shard_path(made, i)), seconds=0.1) for i in range(shards)}
+    entries = {str(i): dict(sha256=sha256_of_file(shard_path(made, i)), seconds=0.1) for i in range(shards)}
     plan = dict(shard_size=size, seed=0, image_size=8, labels=[0, 1], num_inference_steps=3)
-    made_from = dict(point=POINT, checkpoints=checkpoints, labels="0" * 64)
-    write_hashed_json(made / "manifest.json", dict(key=KEY, plan=plan, made_from=made_from, shards=noted_shards))
+    made_from = dict(config=CONFIG, checkpoints=checkpoints, labels="0" * 64)
+    write_hashed_json(made / "manifest.json", dict(key=KEY, plan=plan, made_from=made_from, shards=entries))
 
 
 def write_metrics(folder: Path) -> None:
     test = dict(mean=0.5, std=0.1, n=2)
-    pool = dict(images=8, classes=list(CLASSES), synthetic=KEY, point=POINT)
+    pool = dict(images=8, classes=list(CLASSES), synthetic=KEY, config=CONFIG)
     trial = dict(number=0, state="complete", params={"steps": 3}, intermediate={"20": 0.4}, value=0.5)
     for name, value in dict(
         data=dict(name="bars"), importance={}, tables={}, real=dict(images=8, test=test), x01=dict(images=4, test=test),

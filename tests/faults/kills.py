@@ -1,10 +1,10 @@
-"""kill -9 at seeded random points of every step, each then gone on with and compared byte for byte with one never killed.
+"""kill -9 at seeded random points of every stage, each then resumed and compared byte for byte with one never killed.
 
     python tests/faults/kills.py --folder FOLDER [--kills 110] [--runs 3] [--kills-a-run 6] [--soak MINUTES]
 
-`FOLDER` keeps the uninterrupted run after each step, and `kills.jsonl`, a line a kill; given again, the suite goes on where
+`FOLDER` keeps the uninterrupted run after each stage, and `kills.jsonl`, a line a kill; given again, the suite resumes where
 it was. `--soak` then starts, kills and verifies whole runs, one after another, for so long. The last lines printed are the
-counts that docs/reliability.md shows. Exit code 1 if anything differed, was left lying or was found damaged.
+counts that docs/reliability.md shows. Exit code 1 if anything differed, was left over or was found damaged.
 """
 
 import json
@@ -27,23 +27,23 @@ KINDS = ("shard", "trial", "step", "classifier", "latents")  # of work, as attem
 WEIGHTS = (1, 3, 4, 3, 4, 4, 1, 1)  # of the kills: where the work is
 
 
-def killed_step(folder: Path, index: int, stages: dict[str, dict]) -> dict:
-    """One kill of one step on a copy of its finished upstream, gone on with."""
+def killed_stage(folder: Path, index: int, stages: dict[str, dict]) -> dict:
+    """One kill of one stage on a copy of its finished upstream, resumed."""
     rng, place = random.Random(index), folder / "kill"
-    step = rng.choices(NUMBERS, WEIGHTS)[0]
-    file = before(folder, step, place)
+    stage = rng.choices(NUMBERS, WEIGHTS)[0]
+    file = before(folder, stage, place)
     first, again, run = place / "first.log", place / "again.log", place / "runs" / "smoke"
     for log in (first, again):
         log.write_text("")
-    wanted = rng.uniform(0, 1) * stages[step]["seconds"]
-    late = attempt(file, step, log=first, kill_after=wanted) is not None
-    ended = attempt(file, step, log=again)
+    wanted = rng.uniform(0, 1) * stages[stage]["seconds"]
+    late = attempt(file, stage, log=first, kill_after=wanted) is not None
+    ended = attempt(file, stage, log=again)
     lines, more = first.read_text().splitlines(), again.read_text().splitlines()
     repeated = Counter(line.split()[0] for line in set(lines) & set(more) if line != "step")
-    repeated["step"] = lines.count("step") + more.count("step") - stages[step]["work"].count("step")
+    repeated["step"] = lines.count("step") + more.count("step") - stages[stage]["work"].count("step")
     return dict(
-        kind="step", index=index, step=step, at=round(wanted, 2), late=late, wrong=[s for s in (ended["said"], ended["crash"]) if s],
-        differs=differing(content(run), content(folder / f"after_{step}" / "smoke")), strays=strays(run), repeated=dict(repeated),
+        kind="stage", index=index, stage=stage, at=round(wanted, 2), late=late, wrong=[s for s in (ended["said"], ended["crash"]) if s],
+        differs=differing(content(run), content(folder / f"after_{stage}" / "smoke")), strays=strays(run), repeated=dict(repeated),
     )  # fmt: skip
 
 
@@ -72,16 +72,16 @@ def killed_run(folder: Path, index: int, kills: int, until: float = math.inf) ->
     scratch = place / "tmp"
     scratch.mkdir()
     environment = ENVIRONMENT | {"TMPDIR": str(scratch), "JUPYTER_RUNTIME_DIR": str(scratch)}
-    run, made, wrong, done = place / "runs" / "smoke", 0, [], None
+    run, killed, wrong, done = place / "runs" / "smoke", 0, [], None
     while done is None and time.monotonic() < until:
-        done = sdlab(environment, "run", file, seconds=rng.uniform(3, 25) if made < kills else None)
+        done = sdlab(environment, "run", file, seconds=rng.uniform(3, 25) if killed < kills else None)
         if done is None:
-            made += 1
+            killed += 1
             if (run / "settings.yaml").exists() and (said := sdlab(environment, "verify", run)).returncode:
                 wrong.append(said.stdout + said.stderr)
         elif done.returncode:
             wrong.append(done.stderr)
-    row = dict(kind="run", index=index, kills=made, whole=done is not None, differs=[], strays=[])
+    row = dict(kind="run", index=index, kills=killed, whole=done is not None, differs=[], strays=[])
     if done is not None:
         if (said := sdlab(environment, "verify", run)).returncode:
             wrong.append(said.stdout + said.stderr)
@@ -96,23 +96,23 @@ def killed_run(folder: Path, index: int, kills: int, until: float = math.inf) ->
 
 def of_this_place(place: Path) -> list[str]:
     """Command lines of processes that were started for a run and are still there."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if str(place) in path.read_text(errors="replace"):
-                found.append((path.parent / "cmdline").read_text().replace("\0", " "))
+                processes.append((path.parent / "cmdline").read_text().replace("\0", " "))
         except OSError:  # ended meanwhile, or another user's
             continue
-    return found
+    return processes
 
 
 def summary(rows: list[dict]) -> str:
-    steps, runs = ([row for row in rows if row["kind"] == kind] for kind in ("step", "run"))
-    hit = [row for row in steps if not row["late"]]
+    of_stages, runs = ([row for row in rows if row["kind"] == kind] for kind in ("stage", "run"))
+    hit = [row for row in of_stages if not row["late"]]
     most = {kind: max((row["repeated"].get(kind, 0) for row in hit), default=0) for kind in KINDS}
-    of_step = ", ".join(f"{step}: {sum(row['step'] == step for row in hit)}" for step in NUMBERS)
+    of_stage = ", ".join(f"{stage}: {sum(row['stage'] == stage for row in hit)}" for stage in NUMBERS)
     lines = [
-        f"kills of a step: {len(hit)} ({of_step}); {len(steps) - len(hit)} came after its end",
+        f"kills of a stage: {len(hit)} ({of_stage}); {len(of_stages) - len(hit)} came after its end",
         f"kills of a whole `sdlab run`: {sum(row['kills'] for row in runs)} in {len(runs)} runs ({sum(row['whole'] for row in runs)} "
         f"let through to their end); verified after each kill, found wrong: {sum(len(row['wrong']) for row in runs)}",
         f"ended otherwise than the run that was never killed: {sum(bool(row['differs']) for row in rows)}; stray files: "
@@ -125,7 +125,7 @@ def summary(rows: list[dict]) -> str:
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), required=True)
-@click.option("--kills", default=110, show_default=True, help="Of single steps.")
+@click.option("--kills", default=110, show_default=True, help="Of single stages.")
 @click.option("--runs", default=3, show_default=True, help="Whole runs that are killed.")
 @click.option("--kills-a-run", default=6, show_default=True)
 @click.option("--soak", default=0.0, show_default=True, help="Minutes of whole runs that are killed, after these.")
@@ -136,7 +136,7 @@ def main(folder: Path, kills: int, runs: int, kills_a_run: int, soak: float) -> 
     stages = make_stages(folder)
     rows = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
     done = {(row["kind"], row["index"]) for row in rows}
-    todo = [("step", i) for i in range(kills)] + [("run", i) for i in range(runs)]
+    todo = [("stage", i) for i in range(kills)] + [("run", i) for i in range(runs)]
 
     def keep(row: dict) -> None:
         with state.open("a") as file:
@@ -146,7 +146,7 @@ def main(folder: Path, kills: int, runs: int, kills_a_run: int, soak: float) -> 
 
     for kind, index in todo:
         if (kind, index) not in done:
-            keep(killed_step(folder, index, stages) if kind == "step" else killed_run(folder, index, kills_a_run))
+            keep(killed_stage(folder, index, stages) if kind == "stage" else killed_run(folder, index, kills_a_run))
     until, index = time.monotonic() + 60 * soak, max((row["index"] for row in rows if row["kind"] == "run"), default=-1)
     while time.monotonic() < until:
         index += 1

@@ -1,11 +1,11 @@
-"""Disks that refuse: each kind of write of every step with ENOSPC and EIO in turn, full file systems, read-only ones.
+"""Disks that refuse: each kind of write of every stage with ENOSPC and EIO in turn, full file systems, read-only ones.
 
-    python tests/faults/refusals.py --folder FOLDER [--writes 0] [--full 24] [--read-only 8] [--gone-on-with 5]
+    python tests/faults/refusals.py --folder FOLDER [--writes 0] [--full 24] [--read-only 8] [--resumed 5]
 
 After each, what was finished has to be intact, nothing half-written left, `verify` content, and the sentence one that says
-what could not be written, why and what to do; of every `--gone-on-with`th the step is run again and compared byte for byte.
+what could not be written, why and what to do; of every `--resumed`th the stage is run again and compared byte for byte.
 `--writes 0`: one of each kind. Full and read-only disks are small tmpfs mounts, which need root: without it they
-are left out, and the last line, which docs/reliability.md shows, says so. Given again, the suite goes on where it was
+are left out, and the last line, which docs/reliability.md shows, says so. Given again, the suite resumes where it was
 (`refusals.jsonl`). Exit code 1 if anything was wrong.
 """
 
@@ -32,9 +32,9 @@ from sdlab.settings import Settings
 
 ERRORS = (errno.ENOSPC, errno.EIO)  # in turn
 ROOM = "it found room"
-# What a step that is refused may still have changed: it says that it began, and searches keep their trials.
+# A refused stage may have changed these: it recorded that it began, and searches keep their trials.
 GROWING = ("settings.yaml", ".lock", "test_readings.jsonl", "searches.db", "progress.json", "artifacts/", "pictures/")
-SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished before is intact, and the same command goes .+\.)|"
+SENTENCE = re.compile(r"(.+ cannot be written \((.+)\): .+\. What was finished before is intact, and the same command resumes .+\.)|"
                       r"(.+ takes .+ GB, and the disk of .+ has .+ GB free: free some space; what was finished before is intact.+)")  # fmt: skip
 
 
@@ -46,24 +46,24 @@ def kind(asked: str) -> str:
 
 
 def chosen_writes(stages: dict[str, dict], writes: int) -> list[tuple[str, int]]:
-    """(step, place): one of each kind, seeded, or `writes` of these."""
+    """(stage, place): one of each kind, seeded, or `writes` of these."""
     rng, chosen = random.Random(0), []
-    for step in NUMBERS:
+    for stage in NUMBERS:
         places = {}
-        for place, asked in enumerate(stages[step]["asked"], 1):
+        for place, asked in enumerate(stages[stage]["asked"], 1):
             places.setdefault(kind(asked), []).append(place)
-        chosen += [(step, rng.choice(found)) for found in places.values()]
+        chosen += [(stage, rng.choice(found)) for found in places.values()]
     return sorted(rng.sample(chosen, writes)) if writes else chosen
 
 
-def what_is_wrong(folder: Path, file: Path, step: str, ended: dict, number: int, again: bool) -> list[str]:
-    """Of a step that was refused: in words; empty if all is as promised."""
+def what_is_wrong(folder: Path, file: Path, stage: str, ended: dict, number: int, again: bool) -> list[str]:
+    """What is not as promised after a refused stage, as sentences."""
     settings = Settings.from_file(file)
     run, wrong = settings.run_folder, []
     said = SENTENCE.fullmatch(ended["said"])
     if ended["crash"] or not said or (said[2] and said[2] != os.strerror(number)):
         wrong.append(ended["crash"][-600:] or f"said: {ended['said']}")
-    index = NUMBERS.index(step)
+    index = NUMBERS.index(stage)
     if index:
         stage = folder / f"after_{NUMBERS[index - 1]}" / "smoke"
         for path in (p for p in stage.rglob("*") if p.is_file()):
@@ -76,16 +76,16 @@ def what_is_wrong(folder: Path, file: Path, step: str, ended: dict, number: int,
     if run.is_dir():
         wrong += [f"verify: {finding.path} {finding.state}" for finding in verify(settings)[0]]
     if again:
-        ended = attempt(file, step)
+        ended = attempt(file, stage)
         wrong += [text for text in (ended["said"], ended["crash"]) if text]
-        wrong += [f"{name} differs" for name in differing(content(run), content(folder / f"after_{step}" / "smoke"))]
+        wrong += [f"{name} differs" for name in differing(content(run), content(folder / f"after_{stage}" / "smoke"))]
     return wrong
 
 
-def refused_write(folder: Path, step: str, place: int, number: int, again: bool) -> tuple[list[str], str]:
-    file = before(folder, step, folder / "refused")
-    ended = attempt(file, step, at=place, number=number)
-    return what_is_wrong(folder, file, step, ended, number, again), ended["said"]
+def refused_write(folder: Path, stage: str, place: int, number: int, again: bool) -> tuple[list[str], str]:
+    file = before(folder, stage, folder / "refused")
+    ended = attempt(file, stage, at=place, number=number)
+    return what_is_wrong(folder, file, stage, ended, number, again), ended["said"]
 
 
 @contextlib.contextmanager
@@ -101,30 +101,30 @@ def disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def full_disk(folder: Path, step: str, index: int, stages: dict[str, dict]) -> tuple[list[str], str]:
-    """A step whose disk is full at a seeded point of what it writes; then there is room again, and it is gone on with."""
+def full_disk(folder: Path, stage: str, index: int, stages: dict[str, dict]) -> tuple[list[str], str]:
+    """A stage whose disk is full at a seeded point of what it writes; then there is room again, and it is resumed."""
     rng = random.Random(f"full {index}")
     grown = [sum(p.stat().st_size for p in (folder / f"after_{n}").rglob("*") if p.is_file()) for n in NUMBERS]
-    here = NUMBERS.index(step)
+    here = NUMBERS.index(stage)
     writes = grown[here] - grown[here - 1]
     with disk(folder / "disk", 400) as place:
-        file, filler = before(folder, step, place), place / "filler"
-        if index % 2:  # something else fills it while the step is at work
+        file, filler = before(folder, stage, place), place / "filler"
+        if index % 2:  # something else fills it while the stage runs
             filling = os.fork()
             if filling == 0:
-                time.sleep(rng.uniform(0.1, 1) * stages[step]["seconds"])
+                time.sleep(rng.uniform(0.1, 1) * stages[stage]["seconds"])
                 fill(filler, 0)
                 os._exit(0)
-            ended = attempt(file, step)
+            ended = attempt(file, stage)
             os.kill(filling, signal.SIGKILL)
             os.waitpid(filling, 0)
         else:
             fill(filler, int(rng.uniform(0, 1) * writes))
-            ended = attempt(file, step)
+            ended = attempt(file, stage)
         filler.unlink(missing_ok=True)
         if not ended["said"] and not ended["crash"]:
             return [], ROOM
-        return what_is_wrong(folder, file, step, ended, errno.ENOSPC, True), ended["said"]
+        return what_is_wrong(folder, file, stage, ended, errno.ENOSPC, True), ended["said"]
 
 
 def fill(filler: Path, free: int) -> None:
@@ -134,23 +134,23 @@ def fill(filler: Path, free: int) -> None:
             full.write(b"\0" * min(left, 2**20))
 
 
-def read_only_disk(folder: Path, step: str) -> tuple[list[str], str]:
-    """A step, and the commands that only look, where nothing can be written."""
+def read_only_disk(folder: Path, stage: str) -> tuple[list[str], str]:
+    """A stage, and the commands that only look, where nothing can be written."""
     sdlab = Path(sys.executable).with_name("sdlab")
     with disk(folder / "disk", 400) as place:
-        file = before(folder, step, place)
+        file = before(folder, stage, place)
         subprocess.run(["mount", "-o", "remount,ro", place], check=True)
-        ended = attempt(file, step)
-        wrong = what_is_wrong(folder, file, step, ended, errno.EROFS, False)
-        nothing_yet = step == NUMBERS[0]
+        ended = attempt(file, stage)
+        wrong = what_is_wrong(folder, file, stage, ended, errno.EROFS, False)
+        nothing_yet = stage == NUMBERS[0]
         for command, code in (("run", 1), ("status", 0), ("verify", int(nothing_yet))):
             done = subprocess.run([sdlab, command, file], capture_output=True, text=True)
             if done.returncode != code or "Traceback" in done.stderr or len(done.stderr.splitlines()) != code:
                 wrong.append(f"sdlab {command}: {done.returncode}, {done.stdout[-300:]}{done.stderr[-600:]}")
         subprocess.run(["mount", "-o", "remount,rw", place], check=True)
-        again = attempt(file, step)
+        again = attempt(file, stage)
         wrong += [text for text in (again["said"], again["crash"]) if text]
-        wrong += differing(content(place / "runs/smoke"), content(folder / f"after_{step}" / "smoke"))
+        wrong += differing(content(place / "runs/smoke"), content(folder / f"after_{stage}" / "smoke"))
     return wrong, ended["said"]
 
 
@@ -167,17 +167,15 @@ def can_mount(folder: Path) -> bool:
 @click.option("--writes", default=0, show_default=True, help="How many writes are refused; 0: one of each kind.")
 @click.option("--full", default=24, show_default=True, help="Steps whose disk fills up.")
 @click.option("--read-only", default=len(NUMBERS), show_default=True, help="Steps whose disk takes nothing.")
-@click.option(
-    "--gone-on-with", default=5, show_default=True, help="Every how many refused writes the step is run again."
-)
-def main(folder: Path, writes: int, full: int, read_only: int, gone_on_with: int) -> None:
+@click.option("--resumed", default=5, show_default=True, help="Every how many refused writes the stage is run again.")
+def main(folder: Path, writes: int, full: int, read_only: int, resumed: int) -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     stages, state = make_stages(folder), folder / "refusals.jsonl"
     rows = {row["what"]: row for row in map(json.loads, state.read_text().splitlines())} if state.exists() else {}
 
     def tried(what: str, attempted: Callable[[], tuple[list[str], str]]) -> dict:
-        """Once, and then kept: the suite goes on where it was."""
+        """Try once and store the row: the suite resumes where it was."""
         if what not in rows:
             wrong, said = attempted()
             rows[what] = dict(what=what, wrong=wrong, said=said)
@@ -189,16 +187,16 @@ def main(folder: Path, writes: int, full: int, read_only: int, gone_on_with: int
 
     chosen, mounted = chosen_writes(stages, writes), can_mount(folder) and full
     refused, filled, shut = [], [], []
-    for index, (step, place) in enumerate(chosen):
-        number, again = ERRORS[index % 2], index % gone_on_with == 0
-        what = f"{step}, {errno.errorcode[number]}, {stages[step]['asked'][place - 1]}"
-        refused.append(tried(what, functools.partial(refused_write, folder, step, place, number, again)))
+    for index, (stage, place) in enumerate(chosen):
+        number, again = ERRORS[index % 2], index % resumed == 0
+        what = f"{stage}, {errno.errorcode[number]}, {stages[stage]['asked'][place - 1]}"
+        refused.append(tried(what, functools.partial(refused_write, folder, stage, place, number, again)))
     for index in range(full if mounted else 0):
-        step = NUMBERS[1 + index % (len(NUMBERS) - 1)]
-        what = f"{step}, a disk that fills up ({index})"
-        filled.append(tried(what, functools.partial(full_disk, folder, step, index, stages)))
-    for step in NUMBERS[: read_only if mounted else 0]:
-        shut.append(tried(f"{step}, a read-only disk", functools.partial(read_only_disk, folder, step)))
+        stage = NUMBERS[1 + index % (len(NUMBERS) - 1)]
+        what = f"{stage}, a disk that fills up ({index})"
+        filled.append(tried(what, functools.partial(full_disk, folder, stage, index, stages)))
+    for stage in NUMBERS[: read_only if mounted else 0]:
+        shut.append(tried(f"{stage}, a read-only disk", functools.partial(read_only_disk, folder, stage)))
     reached, bad = sum(row["said"] != ROOM for row in filled), [row for row in refused + filled + shut if row["wrong"]]
     click.echo(
         f"writes refused: {len(refused)} ({len({kind(a) for s in NUMBERS for a in stages[s]['asked']})} kinds in all); full disks: "

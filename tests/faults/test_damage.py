@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import sqlite3
 
@@ -13,10 +14,11 @@ from conftest import BIN, SMOKE, command
 
 from sdlab.errors import BadInput
 from sdlab.runs.files import is_inside, sha256_of_file, write_hashed_json
+from sdlab.runs.locks import Lock
 from sdlab.runs.records import read_record
-from sdlab.runs.verify import verify
+from sdlab.runs.verify import Action, FindingState, verify
 from sdlab.settings import Settings
-from sdlab.tools import cli as workflow
+from sdlab.tools import execution, repair
 
 FILES = int(os.environ.get("SDLAB_DAMAGED_FILES", 60))  # `make faults` damages more
 
@@ -99,14 +101,14 @@ def test_foreign_files_and_hostile_names_are_named(run):
     settings, _ = run
     (settings.run_folder / "metrics" / "x99.json").write_text("{}")
     (finding,) = verify(settings)[0]
-    assert (finding.path, finding.state) == ("metrics/x99.json", "foreign")
+    assert (finding.path, finding.state) == ("metrics/x99.json", FindingState.FOREIGN)
     record = settings.run_folder / "records" / "07.json"
     content = json.loads(record.read_text())
     content.pop("sha256")
     content["outputs"]["../../../etc/passwd"] = dict(sha256="0" * 64, bytes=1)
     write_hashed_json(record, content)
     found = {finding.path: finding for finding in verify(settings)[0]}
-    assert found["records/07.json"].state == "damaged"
+    assert found["records/07.json"].state == FindingState.DAMAGED
     with pytest.raises(BadInput, match=r"names '../../../etc/passwd', which is outside the folder: move it away"):
         read_record(settings, "07")
 
@@ -134,9 +136,9 @@ def test_repair_makes_the_same_bytes_of_just_that(run, what):
     damage(path, None, "altered", random.Random(1))
     bad = path.read_bytes()
     (finding,) = verify(settings)[0]
-    assert finding.path == name and finding.state == "damaged"
-    said, experiment, target = finding.repair.rsplit(" ", 2)
-    assert (said, experiment) == ("sdlab repair", "smoke")
+    assert (finding.path, finding.state, finding.repair.action) == (name, FindingState.DAMAGED, Action.REPAIR)
+    target = finding.repair.target
+    assert f"sdlab repair {shlex.quote(str(file))} {target}" in command(BIN / "sdlab", "verify", file).stdout
     done = command(BIN / "sdlab", "repair", file, target)
     assert done.returncode == 0, done.stdout + done.stderr
     assert verify(settings)[0] == []
@@ -160,7 +162,7 @@ def test_redo_moves_aside_and_makes_the_same_again(run):
     for name in before.keys() - moved.keys() - {"searches.db", "settings.yaml", "test_readings.jsonl"}:
         assert (folder / name).read_bytes() == before[name], name
     best = [
-        json.loads(c)["best"]["point"]
+        json.loads(c)["best"]["config"]
         for c in (moved["metrics/search_2.json"], (folder / "metrics/search_2.json").read_bytes())
     ]
     assert best[0] == best[1]
@@ -178,9 +180,9 @@ def test_redo_that_is_cut_does_it_the_next_time(run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(workflow, "move_aside", cut)
-        workflow.move_stages_aside(settings, "02")
-    workflow.move_stages_aside(settings, "02")
+        patched.setattr(repair, "move_aside", cut)
+        repair.move_stages_aside(settings, "02")
+    repair.move_stages_aside(settings, "02")
     assert not (settings.run_folder / "metrics" / "search_1.json").exists()
     with sqlite3.connect(settings.run_folder / "searches.db") as database:
         names = [row[0] for row in database.execute("select study_name from studies")]
@@ -192,8 +194,8 @@ def test_repair_beside_a_run_touches_nothing(run, monkeypatch):
     shard = sorted((settings.run_folder / "synthetic").glob("*/shard_00001.safetensors"))[0]
     damage(shard, None, "altered", random.Random(1))
     bad = shard.read_bytes()
-    monkeypatch.setattr(workflow.Lock, "PATIENCE", 0.1)
-    with workflow.exclusive_command(settings, "sdlab run"):
+    monkeypatch.setattr(Lock, "PATIENCE", 0.1)
+    with execution.exclusive_command(settings, "sdlab run"):
         done = command(BIN / "sdlab", "repair", file, shard.relative_to(settings.run_folder).as_posix())
     assert done.returncode == 1 and "is in use by sdlab run" in done.stderr
     assert shard.read_bytes() == bad and not (settings.run_folder / "aside").exists()
@@ -204,7 +206,7 @@ def test_repair_beside_a_run_touches_nothing(run, monkeypatch):
     [
         ("metrics/x01.json", "is not among what is wrong with .*: nothing was done"),
         ("../smoke", "is not among what is wrong"),
-        ("test_readings.jsonl", "is damaged .*which no repair makes good: put a copy of it back"),
+        ("test_readings.jsonl", "is damaged .*which no repair mends: put a copy of it back"),
     ],
 )
 def test_what_cannot_be_repaired_is_refused_and_stays(run, path, said):

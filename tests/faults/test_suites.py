@@ -18,12 +18,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("suites")
 
 
-def test_steps_that_are_killed_end_as_if_they_had_not_been(folder):
+def test_stages_that_are_killed_end_as_if_they_had_not_been(folder):
     done = command(sys.executable, FAULTS / "kills.py", "--folder", folder, "--kills", 4, "--runs", 0)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (folder / "kills.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and sum(not row["late"] for row in rows) >= 2
-    again = command(sys.executable, FAULTS / "kills.py", "--folder", folder, "--kills", 4, "--runs", 0)  # goes on
+    again = command(sys.executable, FAULTS / "kills.py", "--folder", folder, "--kills", 4, "--runs", 0)  # resumes
     assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()[-4:]
 
 
@@ -39,7 +39,7 @@ def test_a_kill_that_changed_a_byte_would_show(folder):
     finally:
         shard.write_bytes(kept)
     rows = [json.loads(line) for line in (folder / "kills.jsonl").read_text().splitlines()]
-    assert rows[1]["step"] == "01" and len(rows[1]["differs"]) == 1 and done.returncode == 1
+    assert rows[1]["stage"] == "01" and len(rows[1]["differs"]) == 1 and done.returncode == 1
 
 
 def test_disks_that_refuse_get_one_sentence_and_lose_nothing(folder):
@@ -48,7 +48,7 @@ def test_disks_that_refuse_get_one_sentence_and_lose_nothing(folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     last = done.stdout.splitlines()[-1]
     assert last.startswith("writes refused: 5 (") and last.endswith("; not as promised: 0")
-    again = command(sys.executable, FAULTS / "refusals.py", "--folder", folder, *asked)  # goes on
+    again = command(sys.executable, FAULTS / "refusals.py", "--folder", folder, *asked)  # resumes
     assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()
     assert len((folder / "refusals.jsonl").read_text().splitlines()) == len(done.stdout.splitlines()) - 1
     assert os.geteuid() or "read-only ones: 1" in last or "nothing can be mounted here" in last

@@ -1,0 +1,93 @@
+"""Making damaged files again (`sdlab repair`) and stages again (`sdlab run --redo`); nothing is deleted."""
+
+import contextlib
+from pathlib import Path, PurePosixPath
+
+import click
+
+from sdlab.errors import BadInput
+from sdlab.paths import relative_to_project
+from sdlab.runs.aside import files_of_stages, move_aside, new_aside_folder
+from sdlab.runs.files import is_inside
+from sdlab.runs.locks import Lock
+from sdlab.runs.records import SEARCHES, STAGES, Stage, downstream_stages, read_record
+from sdlab.runs.run import Experiment
+from sdlab.runs.verify import Action, verify
+from sdlab.settings import Settings
+from sdlab.tools.execution import exclusive_command, execute_notebook
+
+
+def move_stages_aside(settings: Settings, number: str) -> None:
+    """Move a stage's files, and those of all stages after it, to aside/; rename its study."""
+    folder, numbers = settings.run_folder, downstream_stages(number)
+    if not folder.exists():
+        return
+    paths = files_of_stages(settings, numbers)
+    lock, aside = Lock(folder / ".lock", folder, "sdlab run --redo"), new_aside_folder(folder)
+    # The studies first: if this is interrupted, the files are still there to be moved the next time.
+    for search in (SEARCHES[n] for n in numbers if n in SEARCHES):
+        from sdlab.runs.studies import rename_study  # optuna is slow to import
+
+        rename_study(settings, search, f"aside {aside.name}")
+    move_aside(folder, paths, aside)
+    lock.release()
+    if paths:
+        click.echo(f"{len(paths)} files and folders were moved to {relative_to_project(aside)}/")
+
+
+def repair(settings: Settings, path: str, experiment: str) -> str:
+    """Make a file or folder again that `verify` names, moving what is there to aside/. Returns a sentence.
+
+    `experiment` is its name on the command line. Raises `BadInput` if nothing is wrong with `path`, if no repair mends
+    it, and if the result differs from what was there.
+    """
+    folder, findings = settings.run_folder, verify(settings)[0]
+    finding = next((f for f in findings if f.path == path or f.path.startswith(f"{path}/")), None)
+    if not is_inside(path) or finding is None:
+        wrong = ", ".join(finding.path for finding in findings[:5]) or "nothing is"
+        raise BadInput(
+            f"`{path}` is not among what is wrong with {relative_to_project(folder)} ({wrong}): nothing was done."
+        )
+    if finding.repair.action != Action.REPAIR:
+        raise BadInput(
+            f"`{path}` is {finding.state} ({finding.why}), which no repair mends: {finding.repair.sentence(experiment)}."
+        )
+    target = finding.repair.target  # of a training's file, the whole training
+    existed = (folder / target).exists()
+    with exclusive_command(settings, "sdlab repair"):
+        make_again(settings, folder / target)
+    what = f"{target} was moved to {relative_to_project(folder)}/aside/" if existed else f"{target} did not exist"
+    if any(f.path == target or f.path.startswith(f"{target}/") for f in verify(settings)[0]):
+        raise BadInput(f"{what}, and the new one differs from it: device, threads or versions differ.")
+    return f"{what}; it was made again, with the same content."
+
+
+def make_again(settings: Settings, path: Path) -> None:
+    folder, name = settings.run_folder, path.relative_to(settings.run_folder).as_posix()
+    lock, stage = Lock(folder / ".lock", folder, "sdlab repair"), stage_that_writes(settings, name)
+    if path.exists():
+        move_aside(folder, [path], new_aside_folder(folder))
+    lock.release()
+    if name.startswith("synthetic/"):
+        from sdlab.base_models import load_base_model  # torch and diffusers are slow to import
+        from sdlab.data.datasets import load_dataset
+        from sdlab.generation import regenerate_shards
+
+        experiment = Experiment(settings, load_dataset(settings), load_base_model(settings))
+        regenerate_shards(experiment, PurePosixPath(name).parts[1])
+    elif stage is not None:
+        execute_notebook(settings, stage)
+
+
+def stage_that_writes(settings: Settings, name: str) -> Stage | None:
+    """The stage whose record has a file or folder."""
+    if name.startswith("records/"):
+        return STAGES.get(name[8:10])
+    for number, stage in STAGES.items():
+        record = None
+        with contextlib.suppress(BadInput):
+            record = read_record(settings, number)
+        names = [*record.outputs, *record.side_outputs, f"notebooks/{stage.stem}.ipynb"] if record else []
+        if any(known == name or known.startswith(f"{name}/") for known in names):
+            return stage
+    return None
