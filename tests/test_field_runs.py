@@ -45,8 +45,8 @@ def finish_stages(settings, last="07", data=None, base=None):
     for number in STAGES:
         if number <= last and stage_state(settings, number).state != State.DONE:
             run = Run(settings, STAGES[number].stem, data and Content(data), base and Content(base))
-            run.keep(f"of_{number}", number)
-            run.finish(run.metrics(f"of_{number}"))
+            run.save_metrics(f"of_{number}", number)
+            run.finish(run.metrics_path(f"of_{number}"))
 
 
 def states(settings):
@@ -110,8 +110,8 @@ def test_a_relative_storage_is_the_same_for_run_redo_dashboard_and_verify(settin
     study = open_study(settings, "search_1")
     study.tell(study.ask(), 0.5)
     trial = dict(number=0, state="complete", params={}, intermediate={}, value=0.5)
-    run.keep("search_1", dict(study=study.study_name, trials=[trial]))
-    run.finish(run.metrics("search_1"))
+    run.save_metrics("search_1", dict(study=study.study_name, trials=[trial]))
+    run.finish(run.metrics_path("search_1"))
     monkeypatch.chdir(tmp_path / "there")
     assert verify(settings)[0] == []
     database = settings.run_folder / "my_study.db"
@@ -141,7 +141,7 @@ def test_a_finished_search_opens_for_more_trials_and_what_came_after_it_is_stale
         check_stage(more, "03")
     write_json(settings.run_folder / "metrics/search_1.json", "of 4 trials")
     run = Run(more, "02_first_search")
-    assert not run.finished and not run.metrics("search_1").exists()  # else it would pass for the new result
+    assert not run.finished and not run.metrics_path("search_1").exists()  # else it would pass for the new result
     run.lock.release()
     assert [read_json(path) for path in run.folder.glob("aside/*/metrics/search_1.json")] == ["of 4 trials"]
     assert stage_state(more, "02").reason == Reason.INTERRUPTED
@@ -255,7 +255,7 @@ def test_finished_results_open_without_their_data(own, tmp_path, monkeypatch):
     """Of a disk that is not mounted; by its old path and by another one."""
     settings, folder = own
     folder.rename(tmp_path / "unmounted")
-    monkeypatch.setattr("sdlab.report.tables.tables_are_current", lambda _: True)
+    monkeypatch.setattr("sdlab.report.printing.tables_are_current", lambda _: True)
     monkeypatch.setattr(cli_module, "publish", lambda _: None)
     monkeypatch.setattr(cli_module, "show_tables", lambda _: None)
     for path in (folder, "/mnt/nothing/here"):

@@ -21,12 +21,12 @@ NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = """
-errors paths runs.parameters report.paper settings runs.files runs.progress runs.locks runs.checkpoints runs.shards runs.storage
-data.pixels data.images data.npz data.pictures data.official data.own_images data.datasets data.model_files data.model_configs
-runs.records runs.aside runs.run runs.verify runs.export importance report.costs report.tables report.remarks report.reference
-report.printing report.samples report.figures devices threads seeds schedulers class_encoder pipeline base_models runs.resume
-latents training sampling generation classifier evaluation runs.studies search tools.measuring tools.planning tools.execution
-tools.repair tools.cli
+class_encoder data.images data.pictures errors importance paths report.paper threads devices report.samples runs.files
+runs.parameters data.npz data.pixels report.figures runs.checkpoints runs.locks runs.progress runs.resume runs.shards
+seeds settings classifier data.model_files data.official data.own_images pipeline report.reference runs.storage
+schedulers data.datasets data.model_configs runs.studies base_models runs.records report.costs report.tables
+runs.aside runs.export runs.verify tools.execution report.remarks runs.run latents report.printing sampling generation
+training evaluation tools.measuring tools.repair search tools.planning tools.cli
 """.split()  # noqa: SIM905
 
 
