@@ -37,7 +37,7 @@ from sdlab.generation import GenerationPlan, generate, uniform_labels
 from sdlab.latents import encode_images
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.run import Experiment
-from sdlab.sampling import prepare_unet
+from sdlab.sampling_config import prepare_unet
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings

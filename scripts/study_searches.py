@@ -34,7 +34,7 @@ from sdlab.generation import generate_images, plan_generation
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import write_json
 from sdlab.runs.run import Run
-from sdlab.sampling import SamplingConfig, load_pipeline
+from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.search import new_pruner, new_sampler
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings, parameter_file

@@ -129,7 +129,7 @@ class BaseModel:
         return sha256_of_json([self.sha256, self.scheduler_config])
 
     def noise_scheduler(self) -> "DDIMScheduler":
-        """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, for training."""
+        """The forward process z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) noise, for training."""
         from diffusers import DDIMScheduler
 
         return DDIMScheduler.from_config(self.scheduler_config)

@@ -1,4 +1,4 @@
-"""Images -> trained ResNet20 -> `Score`: the same classifier for every set, real or synthetic (section 3 of the paper).
+"""Images -> trained ResNet20: the same classifier for every set, real or synthetic (section 3 of the paper).
 
 docs/method.md, items 4 and 16.
 """
@@ -66,27 +66,6 @@ class ResNet20(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.blocks(F.relu(self.bn(self.stem(x))))
         return self.head(x.mean((2, 3)))
-
-
-@dataclass(frozen=True)
-class Score:
-    """A classifier's results on one split, in shares of 1. `accuracy` is the CAS if it was trained on generated images."""
-
-    accuracy: float
-    top5: float
-    balanced: float  # mean of the classes' recalls
-    recall: tuple[float, ...]  # of each class; nan for a class that the split lacks
-    n: int
-
-    @classmethod
-    def from_json(cls, fields: dict) -> "Score":
-        """From `dataclasses.asdict` after JSON."""
-        return cls(**(fields | dict(recall=tuple(fields["recall"]))))
-
-    @property
-    def standard_error(self) -> float:
-        """Binomial, of the accuracy on n images."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
 
 
 @dataclass(frozen=True)
@@ -215,22 +194,3 @@ def predict(model: ResNet20, split: Split, batch_size: int = 1024) -> np.ndarray
     device = next(model.parameters()).device
     images = torch.from_numpy(split.images)
     return torch.cat([model(as_input(part.to(device))).float().cpu() for part in images.split(batch_size)]).numpy()
-
-
-def score_classifier(model: ResNet20, split: Split) -> Score:
-    """Accuracy, top-5 (1 for five classes or fewer), balanced accuracy and recall of each class."""
-    logits = predict(model, split)
-    predicted = logits.argmax(1)
-    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    right = predicted == split.labels
-    recall = tuple(
-        float(right[split.labels == c].mean()) if (split.labels == c).any() else math.nan
-        for c in range(logits.shape[1])
-    )
-    return Score(
-        accuracy=float(right.mean()),
-        top5=float((top5 == split.labels[:, None]).any(1).mean()),
-        balanced=float(np.nanmean(recall)),
-        recall=recall,
-        n=len(split),
-    )

@@ -2,26 +2,24 @@
 
     CAS = (1/n) sum_i [argmax f(x_i) = y_i]   over real images (x_i, y_i), f trained on generated images only
 
-the Classification Accuracy Score of Ravuri and Vinyals 2019 (docs/method.md, item 22). A new metric of a classifier is a
-field of `classifier.Score`, filled in `classifier.score` and averaged in `summarize`.
+the Classification Accuracy Score of Ravuri and Vinyals 2019 (docs/method.md, item 22). `metrics.py` has all metrics.
 """
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
-from sdlab.classifier import ClassifierRecipe, Score, score_classifier, train_classifier
+from sdlab.classifier import ClassifierRecipe, predict, train_classifier
 from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_labels
+from sdlab.metrics import METRICS, Score, score_predictions, summarize
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
 from sdlab.runs.run import Experiment, Run
-from sdlab.sampling import SamplingConfig
+from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
 from sdlab.threads import map_in_threads
 
@@ -48,7 +46,7 @@ def train_and_score_classifiers(
     # The worker count is kept even when some scores are cached: the thread count changes the last bits.
     workers = min(len(seeds), torch.get_num_threads()) if device.type == "cpu" else 1
     cache, counting = run.work_folder and run.work_folder / "classifiers", threading.Lock()
-    made_from = [train.fingerprint(), data.fingerprint(), asdict(recipe), list(splits)] if cache else []
+    made_from = [train.fingerprint(), data.fingerprint(), asdict(recipe), list(splits), METRICS] if cache else []
     files = [cache / f"{sha256_of_json([*made_from, seed])[:16]}.json" if cache else None for seed in seeds]
     scores = [
         [Score.from_json(s) for s in read_hashed_json(file)["scores"]] if file and file.exists() else None
@@ -64,7 +62,10 @@ def train_and_score_classifiers(
 
         with raise_on_oom(f"a classifier's training step of {recipe.batch_size} images", remedy):
             trained = train_classifier(train, data.val, data.num_classes, recipe, seeds[i], device, after_epoch)
-            scores[i] = [score_classifier(trained.model, data.splits[name]) for name in splits]
+            scores[i] = [
+                score_predictions(predict(trained.model, data.splits[name]), data.splits[name].labels)
+                for name in splits
+            ]
         if cache:
             write_hashed_json(files[i], dict(seed=seeds[i], scores=[asdict(s) for s in scores[i]]))
 
@@ -74,22 +75,6 @@ def train_and_score_classifiers(
     with run.progress(total=len(seeds) * recipe.epochs, initial=done, desc=desc, unit="epoch") as bar:
         map_in_threads(train_one, missing, workers)
     return dict(zip(splits, map(list, zip(*scores, strict=True)), strict=True))
-
-
-def summarize(scores: Sequence[Score]) -> dict:
-    """Mean and deviation over classifier seeds, in shares of 1, ready for JSON."""
-    accuracy = np.array([s.accuracy for s in scores])
-    recall = np.array([s.recall for s in scores])
-    return dict(
-        accuracy=accuracy.tolist(),
-        mean=float(accuracy.mean()),
-        std=float(accuracy.std(ddof=1)) if len(accuracy) > 1 else None,
-        standard_error=math.sqrt(accuracy.mean() * (1 - accuracy.mean()) / scores[0].n),
-        top5=float(np.mean([s.top5 for s in scores])),
-        balanced=float(np.mean([s.balanced for s in scores])),
-        recall=[None if np.isnan(r) else float(r) for r in recall.mean(0)],
-        n=scores[0].n,
-    )
 
 
 def deciding_split(protocol: str) -> str:

@@ -35,7 +35,7 @@ from sdlab.runs.files import (
 )
 from sdlab.runs.run import Experiment
 from sdlab.runs.shards import read_manifest, read_shards, shard_path
-from sdlab.sampling import SamplingConfig, load_pipeline
+from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.seeds import derive_seed
 from sdlab.threads import map_in_threads
 

@@ -39,7 +39,7 @@ from sdlab.runs.studies import (
     open_study,
     raise_on_storage_error,
 )
-from sdlab.sampling import SamplingConfig
+from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
 

@@ -2,9 +2,9 @@
 
 Stage 1 trains the Class-Encoder with the UNet frozen, stage 3 the UNet with the Class-Encoder frozen. Both minimise
 
-    E || target - unet(sqrt(a_t) x_0 + sqrt(1 - a_t) noise, t, class_encoder(y)) ||^2
+    E || target - unet(z_t, t, class_encoder(c)) ||^2,   z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) noise
 
-with target = noise (epsilon) or sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v), whichever the base model predicts
+with target = noise (epsilon) or sqrt(a_t) noise - sqrt(1 - a_t) z_0 (v), whichever the base model predicts
 (docs/method.md, items 12 and 13). All randomness derives from (seed, part, epoch), and the resume state holds the
 generator's state, so an interrupted training ends with the same bytes.
 """
@@ -147,7 +147,7 @@ def predict(base: BaseModel, noisy_latents, timesteps, encoder_hidden_states) ->
 
 
 def prediction_target(base: BaseModel, scheduler, latents, noise, timesteps) -> torch.Tensor:
-    """The noise, or the velocity sqrt(a_t) noise - sqrt(1 - a_t) x_0 of a v-predicting base model."""
+    """The noise, or the velocity sqrt(a_t) noise - sqrt(1 - a_t) z_0 of a v-predicting base model."""
     return noise if base.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
 
 

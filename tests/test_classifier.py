@@ -14,14 +14,19 @@ from sdlab.classifier import (
     ResNet20,
     endless_batches,
     predict,
-    score_classifier,
     split_evenly,
     train_classifier,
 )
 from sdlab.data.images import Split
 from sdlab.errors import BadInput
-from sdlab.evaluation import summarize, train_and_score_classifiers
+from sdlab.evaluation import train_and_score_classifiers
+from sdlab.metrics import score_predictions, summarize
 from sdlab.runs.run import Experiment
+
+
+def accuracy_of(model, split) -> float:
+    return score_predictions(predict(model, split), split.labels).accuracy
+
 
 RECIPE = ClassifierRecipe(
     filters=8,
@@ -67,17 +72,14 @@ def test_any_image_size(size):
 def test_it_learns_and_keeps_its_best_weights(data):
     trained = train_classifier(data.train, data.val, 3, RECIPE, seed=0)
     best = max(h["val_accuracy"] for h in trained.history)
-    assert trained.val_accuracy == best == score_classifier(trained.model, data.val).accuracy
-    assert score_classifier(trained.model, data.test).accuracy > 0.8
+    assert trained.val_accuracy == best == accuracy_of(trained.model, data.val)
+    assert accuracy_of(trained.model, data.test) > 0.8
 
 
 def test_labels_matter(data):
     """On shuffled labels nothing is learned: the accuracy above comes from the images."""
     shuffled = Split(data.train.images, np.random.default_rng(1).permutation(data.train.labels))
-    accuracy = [
-        score_classifier(train_classifier(shuffled, data.val, 3, RECIPE, seed=s).model, data.test).accuracy
-        for s in range(2)
-    ]
+    accuracy = [accuracy_of(train_classifier(shuffled, data.val, 3, RECIPE, seed=s).model, data.test) for s in range(2)]
     assert np.mean(accuracy) < 0.75
 
 
@@ -124,13 +126,7 @@ def test_the_learning_rate_has_a_floor(data, monkeypatch):
 def test_score_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
     labels, logits = rng.integers(0, 8, 200), rng.normal(size=(200, 8))
-    split = Split(np.zeros((200, 3, 8, 8), np.uint8), labels)
-    from sdlab import classifier
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "predict", lambda model, split: logits)
-        found = score_classifier(None, split)
-    predicted = logits.argmax(1)
+    found, predicted = score_predictions(logits, labels), logits.argmax(1)
     assert found.accuracy == accuracy_score(labels, predicted)
     assert found.balanced == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert found.recall == pytest.approx(recall_score(labels, predicted, average=None))

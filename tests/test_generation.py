@@ -205,7 +205,7 @@ def test_interval_reaches_the_pipeline(pipeline):
 
 
 def test_compiling_without_a_compiler_is_refused(settings, base, monkeypatch):
-    from sdlab.sampling import prepare_unet
+    from sdlab.sampling_config import prepare_unet
 
     table = ClassEncoder(3, base.tokens, base.width, hidden=16).tabulated()
     monkeypatch.setattr("shutil.which", lambda _: None)

@@ -15,7 +15,7 @@ from sdlab.report.costs import format_gigabytes, load_plan, measured_costs
 from sdlab.report.printing import print_table_1, print_table_2, save_table
 from sdlab.report.reference import compare_with_reference, comparison_sentence
 from sdlab.report.remarks import chosen_sentence, table_remarks
-from sdlab.report.tables import Experiment, gains, table_1, table_2
+from sdlab.report.tables import FinishedExperiment, gains, table_1, table_2
 from sdlab.runs.files import write_hashed_json, write_json
 from sdlab.runs.records import StageState
 
@@ -51,7 +51,7 @@ def experiment(settings, dataset, shift=0.0):
         metrics / "importance.json", {search: dict(n=20, main_effects=effects) for search in ("search_1", "search_2")}
     )
     (settings.run_folder / "test_readings.jsonl").write_text("{}\n" * 5)
-    return Experiment(settings)
+    return FinishedExperiment(settings)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_the_result_is_the_chosen_size_compared_with_real(experiments):
     """Best of the test scores is x2 here, and validation chose it."""
     said = chosen_sentence(experiments[0])
     assert "chosen on validation images: x2, CAS 85.00 ± 0.00 %; real images 90.00 ± 0.00 % (-5.00 points" in said
-    paper_protocol = Experiment(dataclasses.replace(experiments[0].settings, protocol="paper"))
+    paper_protocol = FinishedExperiment(dataclasses.replace(experiments[0].settings, protocol="paper"))
     assert "chosen on the test set" in chosen_sentence(paper_protocol)
     assert said in table_remarks(experiments, table_1(experiments))
 
@@ -216,7 +216,7 @@ def test_your_own_file_does_not_pass_for_one_of_the_papers_data_sets(settings):
     """An npz of noise called retinamnist.npz, given as a path."""
     own = experiment(dataclasses.replace(settings, dataset="x"), "retinamnist")
     assert own.dataset == "retinamnist" and table_1([own]).paper.notna().all()
-    own = Experiment(dataclasses.replace(own.settings, dataset="somewhere/retinamnist.npz"))
+    own = FinishedExperiment(dataclasses.replace(own.settings, dataset="somewhere/retinamnist.npz"))
     assert own.dataset == "retinamnist (own)"
     assert table_1([own]).paper.isna().all() and table_2([own]).paper.isna().all()
 

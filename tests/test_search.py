@@ -11,16 +11,16 @@ import pytest
 from optuna.storages._cached_storage import _CachedStorage
 
 from sdlab import search as search_module
-from sdlab.classifier import Score
 from sdlab.data.images import Split
 from sdlab.errors import BadInput
+from sdlab.metrics import Score
 from sdlab.runs import studies
 from sdlab.runs.files import file_lock
 from sdlab.runs.records import STAGES, StageState
 from sdlab.runs.run import Run
 from sdlab.runs.storage import storage_url
 from sdlab.runs.studies import claim_trial, open_study, rename_study
-from sdlab.sampling import SamplingConfig
+from sdlab.sampling_config import SamplingConfig
 from sdlab.search import Search, SearchSpace, final_search_space, first_search_space, new_pruner, run_search
 
 

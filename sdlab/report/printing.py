@@ -141,7 +141,7 @@ def paragraphs(sentences: Sequence[str]) -> str:
     return "\n\n".join(map(escape_markdown, sentences))
 
 
-def experiment_digests(experiments: list[tables.Experiment]) -> dict[str, str]:
+def experiment_digests(experiments: list[tables.FinishedExperiment]) -> dict[str, str]:
     """What tables are made from: a digest of each experiment."""
     return {experiment.name: record_digest(read_record(experiment.settings, "05")) for experiment in experiments}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from sdlab.report import paper
-from sdlab.report.tables import Experiment, cas_text, gains, table_2
+from sdlab.report.tables import FinishedExperiment, cas_text, gains, table_2
 
 METRICS_NOTE = (
     "CAS: top-1 accuracy (%) on real test images of a ResNet20 trained on generated images only; its plateau, early stopping and "
@@ -16,14 +16,14 @@ METRICS_NOTE = (
 )
 
 
-def table_remarks(experiments: Sequence[Experiment], table: pd.DataFrame) -> list[str]:
+def table_remarks(experiments: Sequence[FinishedExperiment], table: pd.DataFrame) -> list[str]:
     """All remarks under both tables; `table` is Table 1 of these experiments."""
     of_experiments = [sentence for experiment in experiments for sentence in experiment_remarks(experiment)]
     ranges = [gains_sentence("Ours", gains(table)), gains_sentence("Paper", paper.TEXT_RANGES)]
     return [METRICS_NOTE, *of_experiments, *ranges]
 
 
-def experiment_remarks(experiment: Experiment) -> list[str]:
+def experiment_remarks(experiment: FinishedExperiment) -> list[str]:
     """The result, the protocol, the findings about the data, and the settings that are not the paper's."""
     data, settings, name = experiment.metrics("data"), experiment.settings, experiment.name
     readings = len((settings.run_folder / "test_readings.jsonl").read_text().splitlines())
@@ -42,7 +42,7 @@ def experiment_remarks(experiment: Experiment) -> list[str]:
     return [chosen_sentence(experiment), protocol, f"{name}: data: {' '.join(data['findings'])}", *deviations]
 
 
-def chosen_sentence(experiment: Experiment) -> str:
+def chosen_sentence(experiment: FinishedExperiment) -> str:
     """The result of an experiment: the size that was chosen without its test score, compared with the real training set."""
     table = table_2([experiment]).set_index("cell")
     real, chosen = table.loc["real"], table[table.chosen].iloc[0]

@@ -19,7 +19,7 @@ STAGES_OF_TABLE_1 = {"after_1": "after_1", "after_2": "after_2_or_3", "after_3":
 
 
 @dataclass(frozen=True)
-class Experiment:
+class FinishedExperiment:
     """A finished experiment: its settings, which say where its files are."""
 
     settings: Settings
@@ -38,7 +38,7 @@ class Experiment:
         return read_json(self.settings.run_folder / "metrics" / f"{name}.json")
 
 
-def finished_experiments(settings: Settings) -> list[Experiment]:
+def finished_experiments(settings: Settings) -> list[FinishedExperiment]:
     """All experiments under `runs_root` whose tables can be filled (notebooks 05 and 06 are done), in the order of their names."""
     experiments = []
     for path in sorted(settings.run_folder.parent.glob("*/settings.yaml")):
@@ -47,7 +47,7 @@ def finished_experiments(settings: Settings) -> list[Experiment]:
         try:
             theirs = Settings.from_mapping((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | here)
             if all(stage_state(theirs, number).state == "done" for number in ("05", "06")):
-                experiments.append(Experiment(theirs))
+                experiments.append(FinishedExperiment(theirs))
         except (BadInput, yaml.YAMLError, TypeError, KeyError):
             continue  # a foreign folder, or one of another version, does not keep the others from their tables
     return experiments
@@ -88,7 +88,7 @@ def score_table(cell: Mapping, data: ImageDataset) -> pd.DataFrame:
     return scores_table([cell]).assign(majority=round(100 * data.majority_share(), 2))
 
 
-def cell_row(experiment: Experiment, cell: str, metrics: str) -> dict:
+def cell_row(experiment: FinishedExperiment, cell: str, metrics: str) -> dict:
     """A cell of a table, whose numbers are in `metrics/<metrics>.json`."""
     data = experiment.metrics("data")
     return dict(
@@ -103,12 +103,12 @@ def cell_row(experiment: Experiment, cell: str, metrics: str) -> dict:
     )
 
 
-def table_1(experiments: Sequence[Experiment]) -> pd.DataFrame:
+def table_1(experiments: Sequence[FinishedExperiment]) -> pd.DataFrame:
     """CAS and generation time after each stage, a row a cell."""
     return join_paper([cell_row(e, cell, cell) for e in experiments for cell in STAGES_OF_TABLE_1], paper_table_1())
 
 
-def table_2(experiments: Sequence[Experiment]) -> pd.DataFrame:
+def table_2(experiments: Sequence[FinishedExperiment]) -> pd.DataFrame:
     """Accuracy of classifiers trained on real images and on x1 ... x10, a row a cell."""
     rows = []
     for experiment in experiments:
@@ -151,7 +151,7 @@ def gains(table: pd.DataFrame) -> dict:
     return ranges | {"time_saved_after_2_percent": round(100 * saved.max(), 1)}
 
 
-def figure_1(experiments: Sequence[Experiment]) -> pd.DataFrame:
+def figure_1(experiments: Sequence[FinishedExperiment]) -> pd.DataFrame:
     """Importances (shares of the main effects): a row a search, parameter and experiment, or data set of the paper (`who`)."""
     rows = []
     for experiment in experiments:

@@ -25,7 +25,7 @@ from sdlab.report.costs import planned_settings
 from sdlab.runs.records import STAGES, read_record
 from sdlab.runs.run import Experiment
 from sdlab.runs.studies import study_name
-from sdlab.sampling import SamplingConfig
+from sdlab.sampling_config import SamplingConfig
 from sdlab.search import first_search_space, new_pruner
 from sdlab.settings import Settings
 from sdlab.tools.measuring import Costs, measure
