@@ -4,6 +4,7 @@ purpose                         what it seeds
 "class_encoder", "unet"         initial weights; with the epoch: order, timesteps and noise of a training epoch
 "search", "finalists"           noise of the trials' and of the finalists' images: the same for all of a search
 "table 1", "table 2"            noise of the sets that fill the tables, never that of a search
+(seed of a set), i              noise of image i of that set
 "search_1", "search_2"          with the trial's number: one ask of the sampler
 "classifier", "search classifier", "finalist classifier"   weights and batches of classifier i
 """
