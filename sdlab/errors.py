@@ -1,8 +1,10 @@
 """TODO errors."""
 
 import contextlib
+import difflib
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -14,6 +16,12 @@ def first_words(said: object) -> str:
     """Of an error's message, or of what else a foreign file says: a line's beginning, printable."""
     lines = str(said).strip().splitlines() or [type(said).__name__]
     return printable(lines[0])[:100]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean `x`?` with the most similar known name, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean `{near[0]}`?" if near else ""
 
 
 def printable(text: str) -> str:

@@ -47,6 +47,11 @@ class Settings:
     dataset: str = setting(
         None, "digits, cifar10, cifar100, a MedMNIST name, a folder with one subfolder a class, or an npz", steps="00"
     )
+    exclude: str = setting(
+        "",
+        "files and subfolders of `dataset` to leave out: names or patterns (fnmatch), separated by commas",
+        steps="00",
+    )
     protocol: str = setting(
         "sealed",
         "which split the decisions see: validation (sealed), or the test set itself (paper)",

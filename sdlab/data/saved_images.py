@@ -1,0 +1,109 @@
+"""The copy of your own images that stage 00 keeps in the run's folder, so that they are read once and may move."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from sdlab.data.images import Entry, ImageDataset
+from sdlab.data.npz import read_arrays
+from sdlab.errors import BadInput
+from sdlab.runs.files import atomic_write
+from sdlab.runs.records import read_record, settings_differences
+from sdlab.settings import PROJECT_ROOT, Settings
+
+EXAMPLES = 12  # training images as the base model sees them, which notebook 00 shows
+
+
+def own_path(settings: Settings) -> Path:
+    """Where `dataset` points, if it is a path: relative to the project, or absolute."""
+    return PROJECT_ROOT / Path(settings.dataset).expanduser()
+
+
+def images_file(settings: Settings) -> Path:
+    return settings.run_folder / "data" / "images.npz"
+
+
+def save_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
+    """Write the images and splits of a set of one's own to `data/` of the run. The files written."""
+    if not dataset.files:
+        return []
+    path = images_file(settings)
+    about = {
+        name: getattr(dataset, name) for name in ("name", "source", "class_names", "remarks", "origin", "bit_depth")
+    }
+    at = {name: iter(split.images) for name, split in dataset.splits.items()}
+    examples = dataset.training_images(range(min(EXAMPLES, len(dataset.train))), settings.base_image_size)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            images=np.stack([next(at[entry.split]) for entry in dataset.files]),
+            files=np.array(dataset.files),
+            examples=examples if dataset.source_images else examples[:0],
+            origin=np.array(dataset.origin),
+            about=np.array(json.dumps(about)),
+        )
+    splits = path.with_name("splits.csv")
+    with atomic_write(splits) as partial, partial.open("w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("file", "class", "split"), *dataset.files])
+    return [path, splits]
+
+
+def load_saved(settings: Settings, origin: str | None = None) -> ImageDataset | None:
+    """The set that `save_dataset` wrote; None if there is none, or with `origin`, if it was made of other files.
+
+    Raises `BadInput` for a damaged file.
+    """
+    path = images_file(settings)
+    if not path.is_file():
+        return None
+    way_out = f"move it away, and the images are read from {own_path(settings)} again"
+    if origin is not None and str(read_arrays(path, ["origin"], way_out)["origin"]) != origin:
+        return None
+    saved = read_arrays(path, ["images", "files", "examples", "about"], way_out)
+    examples = saved["examples"]
+
+    def source_images(indices: Sequence[int], size: int) -> np.ndarray:
+        if size == settings.base_image_size and max(indices) < len(examples):
+            return examples[list(indices)]
+        raise BadInput(
+            f"The original images are needed at {size} pixels, and {own_path(settings)} cannot be read: make it available "
+            "again, or give its new place as `dataset`."
+        )
+
+    try:
+        about, size = json.loads(str(saved["about"])), settings.image_size
+        shapes = saved["images"].shape == (len(saved["files"]), 3, size, size) and examples.ndim == 4
+        if not shapes or about["bit_depth"] not in (8, 10, 12, 14, 16):
+            raise ValueError("other arrays than were written")
+        return ImageDataset.from_entries(
+            about["name"], about["source"], about["class_names"], saved["images"],
+            [Entry(*map(str, row)) for row in saved["files"]], source_images=source_images if len(examples) else None,
+            remarks=tuple(about["remarks"]), origin=about["origin"], bit_depth=about["bit_depth"],
+        )  # fmt: skip
+    except (
+        AssertionError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # arrays of any shape, texts of any content
+        raise BadInput(f"{path} is damaged: {way_out}.") from None
+
+
+def load_if_gone(settings: Settings) -> ImageDataset | None:
+    """The saved set, if there is nothing at the path `dataset` and stage 00 is finished with the other settings."""
+    try:  # a disk that is not mounted leaves an empty folder, or links that lead nowhere
+        if own_path(settings).is_file() or any(path.exists() for path in own_path(settings).iterdir()):
+            return None
+    except OSError:
+        pass
+    record = read_record(settings, "00")
+    if record is None or not record["finished"]:
+        return None
+    recorded = replace(settings, dataset=str(record["settings"].get("dataset")))
+    saved = None if settings_differences(recorded, "00", record) else load_saved(settings)
+    return saved if saved and saved.fingerprint() == record["inputs"].get("data") else None
