@@ -39,30 +39,27 @@ def list_folder(folder: Path, exclude: str = "") -> Listing:
     for path, name, split in find_classes(tree, remarks):
         files = tree.files_below(path)
         images = [file for file in files if is_image(file)]
-        others += [file for file in files if not is_image(file)] or ([] if files else [f"{path}/ (is empty)"])
+        others += [file for file in files if not is_image(file)] if files else [f"{path}/ (is empty)"]
         if files and not images:
             lost = lost or lost_class(folder, name, len(files), f"{files[0]} is none of {', '.join(FORMATS)}")
         companions |= find_companions(path, images)
         entries += [Entry(file, name, split) for file in images if file not in companions]
-    inside = {*companions, *(entry.file for entry in entries)}
-    loose = [file for file in tree.files_below("") if is_image(file) and file not in inside]
+    in_classes = {*companions, *(entry.file for entry in entries)}
+    loose = [file for file in tree.files_below("") if is_image(file) and file not in in_classes]
     if not entries:
-        count = len(tree.files_below(""))
-        raise BadInput(
-            f"{folder} has {len(loose)} images without a class: {LAYOUT} (if it is a class itself, its parent folder)."
-            if loose
-            else f"{folder} has {count} files, none of them an image that is read ({', '.join(FORMATS)}): {LAYOUT}."
-        )
+        found = f"{len(tree.files_below(''))} files, none of them an image that is read ({', '.join(FORMATS)})"
+        found = f"{len(loose)} images in no class (if they are one, give its parent folder)" if loose else found
+        raise BadInput(f"{folder} has {found}: {LAYOUT}.")
     if lost:
         raise lost
-    if len({entry.class_name for entry in entries}) == 1 and not entries[0].split:
-        suggest_subfolder(tree, entries[0].file.partition("/")[0])
-    others = [f"{file} (in no class)" for file in loose] + others
-    kinds = tree.left_out | {
+    if len({entry.class_name for entry in entries}) == 1:
+        suggest_subfolder(tree)
+    left_out = tree.left_out | {
         "masks, annotations or thumbnails were left out, named like images next to them": sorted(companions),
-        "files or folders give no image": others,
+        "files or folders give no image": [f"{file} (in no class)" for file in loose]
+        + [f"{file} ({tree.dead[file]})" if file in tree.dead else file for file in others],
     }
-    remarks += [f"{len(paths)} {why}: {naming.join_names(paths)}." for why, paths in kinds.items() if paths]
+    remarks += [f"{len(paths)} {why}: {naming.join_names(paths)}." for why, paths in left_out.items() if paths]
     return Listing(folder, tuple(entries), tree.dead, tuple(remarks))
 
 
@@ -74,12 +71,12 @@ def lost_class(folder: Path, name: str, count: int, why: str) -> BadInput:
     """The refusal of a class of which nothing can be read: the study would go on with fewer classes."""
     return BadInput(
         f"The class `{name}` of {folder} has {count} files and no image that can be read ({printable(why)[-200:]}): "
-        f"convert or repair them, or leave the class out by the setting `exclude: {name}`."
+        f"convert, repair or restore them, or leave the class out by the setting `exclude: {name}`."
     )
 
 
 def find_companions(path: str, images: Sequence[str]) -> set[str]:
-    """Of a class folder's images: masks and the like, which their folder's or their own name and that of an image tell."""
+    """Of a class folder's images: those that are masks or thumbnails of others, by their own or their folder's name."""
     below = {file: PurePosixPath(file[len(path) + 1 :]) for file in images}
     named = {file for file, inner in below.items() if any(map(naming.is_companion, (*inner.parts[:-1], inner.stem)))}
     stems = {stem for file in below.keys() - named for stem in naming.plain_stems(below[file].stem)}
@@ -106,9 +103,9 @@ class Tree:
             folders += self.folders[folder]
         return sorted(files, key=lambda file: file.split("/"))
 
-    def has_images(self, path: str, below: bool = False) -> bool:
-        """Whether there are images in this folder, or in any folder below it too."""
-        return any(map(is_image, self.files_below(path) if below else self.files[path]))
+    def has_images(self, path: str) -> bool:
+        """Whether there are images in this very folder."""
+        return any(map(is_image, self.files[path]))
 
 
 def read_tree(root: Path, patterns: Sequence[str]) -> Tree:
@@ -152,7 +149,7 @@ def check_link(root: Path, folder: Path, visits: Counter) -> None:
     above = [folder.parent, *folder.parent.parents]
     above = [path.resolve() for path in above[: above.index(root) + 1]]
     if visits[target] > MOST_VISITS or any(path.is_relative_to(target) for path in above):
-        raise BadInput(f"{folder} is a link to a folder that holds it: remove it; {LAYOUT}.")
+        raise BadInput(f"{folder} is a link to a folder that holds it, or that is linked over and over: remove it.")
 
 
 # ----------------------------------------------------------------------------------------------- what it means
@@ -165,28 +162,26 @@ def find_classes(tree: Tree, remarks: list[str]) -> list[tuple[str, str, str]]:
     """
     levels = find_splits(tree, remarks)
     for level in {"": "", **levels}:
-        check_subfolders(tree, level)
-    classes = [(path, class_name(path), split) for level, split in levels.items() for path in tree.folders[level]]
-    naming.check_twins({name for _, name, _ in classes}, tree.root)
-    with_splits = {path: plain_splits(tree.folders[path]) for path, _, _ in classes}
-    if levels == {"": ""} and all(with_splits.values()) and not any(map(tree.has_images, with_splits)):
-        for splits in with_splits.values():
-            check_once(tree, splits)
-        return [(inner, name, split) for path, name, _ in classes for inner, split in with_splits[path].items()]
+        inner = [path.rpartition("/")[2] for path in tree.folders[level]]
+        if odd := [name for name in inner if printable(name) != name]:
+            raise BadInput(
+                f"{tree.root / level} has the subfolder {printable(odd[0])!r}: rename it, in printable UTF-8."
+            )
+        naming.check_twins(inner, tree.root / level)
+        if dead := [path for path in tree.files[level] if path in tree.dead and not is_image(path)]:
+            raise BadInput(
+                f"{tree.root / dead[0]} is {tree.dead[dead[0]]}, where a class is expected: make its target available, "
+                f"or leave it out by the setting `exclude: {dead[0]}`."
+            )
     for level in levels:
         check_classes(tree, tree.folders[level])
+    classes = [(path, class_name(path), split) for level, split in levels.items() for path in tree.folders[level]]
+    naming.check_twins({name for _, name, _ in classes}, tree.root)
     return classes
 
 
 def class_name(path: str) -> str:
     return naming.composed(path.rpartition("/")[2])
-
-
-def plain_splits(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> split, if all of these folders have a split's name and no other word in it; else nothing."""
-    splits = {path: naming.split_of(class_name(path)) for path in paths}
-    plain = all(split and all(map(naming.is_filler, rest)) for split, rest in splits.values())
-    return {path: split for path, (split, _) in splits.items()} if plain else {}
 
 
 def find_splits(tree: Tree, remarks: list[str]) -> dict[str, str]:
@@ -197,85 +192,58 @@ def find_splits(tree: Tree, remarks: list[str]) -> dict[str, str]:
         if split:
             alike[tuple(word for word in rest if not naming.is_filler(word))][path] = split
     levels = alike[()] or next((splits for splits in alike.values() if len(splits) > 1), {})
-    if not levels:
-        return {"": ""}
-    if others := [path for path in top if path not in levels]:
-        (first, *more) = levels
-        if not more and naming.words_of(first) == ["train"] and tree.has_images(first) and not tree.folders[first]:
-            remarks.append(
-                f"{first}/ is read as a class, as {naming.join_names(others)} next to it are, not as a split."
+    others = [path for path in top if path not in levels]
+    if levels and others:
+        (first, *more), names = levels, naming.join_names(others)
+        if more or naming.words_of(first) != ["train"] or tree.folders[first]:
+            raise BadInput(
+                f"{tree.root} has {naming.join_names(levels)}, read as splits, and next to them {names}, which names no "
+                f"split: rename what is misunderstood, or leave out what does not belong (`exclude: {others[0]}`)."
             )
-            return {"": ""}
+        remarks.append(f"{first}/ is read as a class, as {names} next to it are, not as a split.")
+        levels = {}
+    if len(set(levels.values())) < len(levels):
         raise BadInput(
-            f"{tree.root} has {naming.join_names(levels)}, read as splits, and {naming.join_names(others)} next to them, "
-            f"which is neither train, val nor test: move or rename what does not belong, or leave it out by `exclude`; {LAYOUT}."
+            f"{tree.root} has {naming.join_names(levels)}, of which two name the same split: put their images into one, "
+            "or leave one out by `exclude`."
         )
-    check_once(tree, levels)
 
-    def wrapped(path: str, split: str) -> bool:  # seg_train/seg_train/..., train/images/...
-        inner = [class_name(inner) for inner in tree.folders[path]]
-        same = len(inner) == 1 and (naming.is_filler(inner[0]) or naming.split_of(inner[0])[0] == split)
-        return same and not tree.has_images(path) and not tree.has_images(tree.folders[path][0])
+    def is_wrapper(path: str, split: str) -> bool:  # seg_train/seg_train/..., train/images/...
+        inner = tree.folders[path]
+        named = len(inner) == 1 and (
+            naming.is_filler(class_name(inner[0])) or naming.split_of(class_name(inner[0]))[0] == split
+        )
+        return named and not tree.has_images(path) and bool(tree.folders[inner[0]])
 
-    while all(wrapped(path, split) for path, split in levels.items()):
+    while levels and all(is_wrapper(path, split) for path, split in levels.items()):
         levels = {tree.folders[path][0]: split for path, split in levels.items()}
-    return levels
-
-
-def check_once(tree: Tree, levels: dict[str, str]) -> None:
-    """Raises `BadInput` for two folders of one split."""
-    for split, count in Counter(levels.values()).items():
-        if count > 1:
-            same = [path for path in levels if levels[path] == split]
-            raise BadInput(
-                f"{tree.root} has {' and '.join(map(ascii, same))}, which name the same split ({split}): put their "
-                "images into one, or leave one out by `exclude`."
-            )
-
-
-def check_subfolders(tree: Tree, level: str) -> None:
-    """Raises `BadInput` for subfolders whose names cannot be shown or told apart, and for a link to one that is gone."""
-    folder, inner = tree.root / level, [path.rpartition("/")[2] for path in tree.folders[level]]
-    for name in inner:
-        if printable(name) != name:
-            raise BadInput(f"{folder} has the subfolder {printable(name)!r}: rename it, in printable UTF-8.")
-    naming.check_twins(inner, folder)
-    for path in tree.files[level]:
-        if path in tree.dead and not is_image(path):
-            raise BadInput(
-                f"{tree.root / path} is {tree.dead[path]}, where a class is expected: make its target available, remove "
-                f"it, or leave it out by the setting `exclude: {path}`."
-            )
+    return levels or {"": ""}
 
 
 def check_classes(tree: Tree, paths: Sequence[str]) -> None:
-    """Raises `BadInput` for folders that hold splits, sets or kinds of files rather than classes."""
-
-    def is_kind(path: str) -> bool:
-        return naming.is_filler(class_name(path)) or naming.is_companion(class_name(path))
-
-    if len(paths) > 1 and all(map(is_kind, paths)):
+    """Raises `BadInput` for folders that hold the same subfolders and no images: splits or parts, but no classes."""
+    paths = [path for path in paths if any(map(is_image, tree.files_below(path)))]
+    kinds = (naming.is_filler, naming.is_companion)  # cat/images, cat/masks
+    inner = [{n.casefold() for n in map(class_name, tree.folders[p]) if not any(k(n) for k in kinds)} for p in paths]
+    if len(paths) < 2 or not all(inner) or any(map(tree.has_images, paths)):
+        return
+    shared = set.intersection(*inner)
+    if len(shared) > 1 or all(names == shared for names in inner) or any(naming.split_of(name)[0] for name in shared):
         raise BadInput(
-            f"{tree.root} has {naming.join_names(paths)}, which are kinds of files and no classes: {LAYOUT}."
+            f"{tree.root} has {naming.join_names(paths)}, which hold no images but the same subfolders "
+            f"({naming.join_names(sorted(shared))}): splits have to be named train, val and test, outside the classes; "
+            "a class has its images in it directly, or in subfolders of its own."
         )
-    paths = [path for path in paths if tree.has_images(path, below=True)]
-    inner = [{class_name(i).casefold() for i in tree.folders[path] if not is_kind(i)} for path in paths]
-    if len(paths) > 1 and all(inner) and not any(map(tree.has_images, paths)):
-        shared = set.intersection(*inner)
-        if len(shared) > 1 or all(names == shared for names in inner):
-            raise BadInput(
-                f"{tree.root} has {naming.join_names(paths)}, which hold the same subfolders ({naming.join_names(sorted(shared))}) "
-                "and no images: if they are splits, name them train, val and test; if they are classes, put their images "
-                "into them directly."
-            )
 
 
-def suggest_subfolder(tree: Tree, path: str) -> None:
-    """Raises `BadInput`, for a folder of one class, if the classes seem to be further down."""
-    while len(tree.folders[path]) == 1 and not tree.has_images(path):
-        path = tree.folders[path][0]
-    inner = [class_name(below) for below in tree.folders[path] if tree.has_images(below, below=True)]
-    if len(inner) > 1 and not tree.has_images(path):
+def suggest_subfolder(tree: Tree) -> None:
+    """Raises `BadInput`, for a folder of one class, if the classes or splits seem to be further down."""
+    path, inner = "", [""]
+    while len(inner) == 1:
+        (path,) = inner
+        inner = [below for below in tree.folders[path] if any(map(is_image, tree.files_below(below)))]
+    if path and inner and not tree.has_images(path):
+        names = naming.join_names(map(class_name, inner))
         raise BadInput(
-            f"{tree.root} has one class only; if {naming.join_names(inner)} are the classes, give {tree.root / path} as `dataset`."
+            f"{tree.root} has one class only; if its classes or splits are {names}, give {tree.root / path} as `dataset`."
         )

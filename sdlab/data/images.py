@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Entry(NamedTuple):
-    """One image of the user's own: its file (or `array[index]`), its class, its split ("" before one is drawn)."""
+    """One of your own images: its file (or `array[index]`), its class, its split ("" before one is drawn)."""
 
     file: str
     class_name: str
@@ -30,13 +30,12 @@ class Split:
 
     def fingerprint(self) -> str:
         """sha256 over pixels and labels."""
-        return fingerprint(self)
+        return sha256_of_arrays(self.images, self.labels)
 
 
-def fingerprint(*splits: Split) -> str:
-    """sha256 over the pixels and labels of splits, one after the other."""
+def sha256_of_arrays(*arrays: np.ndarray) -> str:
     sha = hashlib.sha256()
-    for array in (array for split in splits for array in (split.images, split.labels)):
+    for array in arrays:
         sha.update(np.ascontiguousarray(array))
     return sha.hexdigest()
 
@@ -44,8 +43,8 @@ def fingerprint(*splits: Split) -> str:
 def to_nchw(images: np.ndarray) -> np.ndarray:
     """(n, h, w), (n, h, w, 1) or (n, h, w, 3) -> (n, 3, h, w); grey is repeated."""
     images = images[..., None] if images.ndim == 3 else images
-    channels_first = images.transpose(0, 3, 1, 2)
-    return np.repeat(channels_first, 3, 1) if images.shape[3] == 1 else np.ascontiguousarray(channels_first)
+    images = np.repeat(images, 3, 3) if images.shape[3] == 1 else images
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class ImageDataset:
     val: Split
     test: Split
     source_images: Callable[[Sequence[int], int], np.ndarray] | None = None
-    files: tuple[Entry, ...] = ()  # of the user's own images, in the order of the splits
+    files: tuple[Entry, ...] = ()  # of your own images
     remarks: tuple[str, ...] = ()  # what was left out or scaled
     origin: str = ""  # of a folder: a hash of its files' names, sizes and times
     bit_depth: int = 16  # of a folder: the bits that its 16-bit files use
@@ -87,15 +86,13 @@ class ImageDataset:
             assert split.labels.min() >= 0 and split.labels.max() < self.num_classes, name
 
     @classmethod
-    def from_entries(
-        cls, name: str, source: str, classes: Sequence[str], images: np.ndarray, entries: Sequence[Entry], **more
-    ) -> "ImageDataset":
-        """A set of one's own: `images` uint8 (n, 3, h, w), and of each its entry."""
+    def from_entries(cls, classes: Sequence[str], images: np.ndarray, entries: Sequence[Entry], **more):
+        """A set of your own: `images` uint8 (n, 3, h, w), and an entry for each."""
         label_of, splits = {name: label for label, name in enumerate(classes)}, {}
         for split in ("train", "val", "test"):
             rows = [row for row, entry in enumerate(entries) if entry.split == split]
             splits[split] = Split(images[rows], np.array([label_of[entries[row].class_name] for row in rows], np.int64))
-        return cls(name, source, tuple(classes), **splits, files=tuple(entries), **more)
+        return cls(class_names=tuple(classes), files=tuple(entries), **splits, **more)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -110,8 +107,7 @@ class ImageDataset:
         return self.train.images.shape[-1]
 
     def facts(self) -> DatasetFacts:
-        sizes = [len(split) for split in self.splits.values()]
-        return DatasetFacts(*sizes, self.num_classes, self.image_size, self.remarks)
+        return DatasetFacts(*map(len, self.splits.values()), self.num_classes, self.image_size, self.remarks)
 
     def counts(self) -> dict[str, list[int]]:
         """Images of each class in each split."""
@@ -128,7 +124,7 @@ class ImageDataset:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(*self.splits.values())
+        return sha256_of_arrays(*(array for split in self.splits.values() for array in (split.images, split.labels)))
 
     def training_images(self, indices: Sequence[int], size: int) -> np.ndarray:
         """Training images for the base model: uint8 (n, 3, h, w), of their own size or of `size`."""
@@ -143,8 +139,7 @@ class ImageDataset:
         if counts[most] > 2 * counts[least]:
             lines.append(
                 f"Imbalanced: {counts[most]} training images of `{self.class_names[most]}`, {counts[least]} of "
-                f"`{self.class_names[least]}`; always answering the most frequent class scores "
-                f"{self.majority_share():.1%}."
+                f"`{self.class_names[least]}`; always answering the most frequent class scores {self.majority_share():.1%}."
             )
         lines += [
             f"No image of `{name}` in {split}: its recall there is unknown."
@@ -157,10 +152,10 @@ class ImageDataset:
 
 def find_duplicates(splits: dict[str, Split]) -> list[str]:
     """Images that are in more than one split, or under more than one label: a sentence each, if there are any."""
-    seen = defaultdict(list)  # pixels -> where
+    seen = defaultdict(set)  # pixels -> where
     for name, split in splits.items():
         for image, label in zip(split.images, split.labels, strict=True):
-            seen[hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()].append((name, int(label)))
+            seen[hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()].add((name, int(label)))
     crossing = [places for places in seen.values() if len({name for name, _ in places}) > 1]
     in_test = sum(any(name == "test" for name, _ in places) for places in crossing)
     unclear = sum(len({label for _, label in places}) > 1 for places in seen.values())

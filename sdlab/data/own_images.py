@@ -26,21 +26,21 @@ from sdlab.settings import Settings
 def load_own_images(settings: Settings) -> ImageDataset:
     """The images at the path `settings.dataset`: a folder's at the classifier's size, an npz's at its own.
 
-    Raises `BadInput` for what cannot be split, or holds nothing to learn.
+    Raises `BadInput` for a set that cannot be split, or that holds nothing to learn.
     """
     path = own_path(settings)
     if path.is_dir():
         return read_folder(path, settings)
     images, entries, classes, remarks = read_npz(path)
-    histogram = sum(np.bincount(image.ravel(), minlength=256) for image in images)
     digests = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
     entries = complete_splits(path, classes, entries, digests, settings)
-    remarks += check_range(histogram, path)
-    return ImageDataset.from_entries(path.stem, f"file {path.name}", classes, images, entries, remarks=tuple(remarks))
+    remarks += check_range(sum(np.bincount(image.ravel(), minlength=256) for image in images), path)
+    names = dict(name=path.stem, source=f"file {path.name}")
+    return ImageDataset.from_entries(classes, images, entries, **names, remarks=tuple(remarks))
 
 
 def read_folder(folder: Path, settings: Settings) -> ImageDataset:
-    """Read once an experiment: stage 00 keeps the images (`save_dataset`)."""
+    """Read once an experiment: stage 00 saves the images (`save_dataset`)."""
     listing = list_folder(folder, settings.exclude)
     origin = listing.origin(settings.image_size, settings.val_share, settings.test_share)
     dataset = load_saved(settings, origin) or read_images(listing, origin, settings)
@@ -53,31 +53,28 @@ def read_folder(folder: Path, settings: Settings) -> ImageDataset:
 
 
 def read_images(listing: Listing, origin: str, settings: Settings) -> ImageDataset:
-    """All images of a folder, at the classifier's size, and their splits."""
+    """All images of a folder, at the classifier's size, in their splits."""
     pictures, unreadable = decode_files(listing, listing.entries, settings.image_size)
     check_readable(listing, pictures, unreadable)
-    peak = max(picture.peak for picture in pictures.values())
-    bit_depth = used_bits(peak) if peak else 16
-    if bit_depth < 16:  # found over the whole set: image by image, equal pixels would come out unequal
-        deep = [entry for entry, picture in pictures.items() if picture.peak]
-        pictures |= decode_files(listing, deep, settings.image_size, bit_depth)[0]
+    # One bit depth for the whole set: scaled image by image, equal pixels would come out unequal.
+    deep = {entry: picture.peak for entry, picture in pictures.items() if picture.peak}
+    bit_depth = used_bits(max(deep.values())) if deep else 16
+    if bit_depth < 16:
+        pictures |= decode_files(listing, [*deep], settings.image_size, bit_depth)[0]
     remarks = [*listing.remarks, *leave_out_masks(listing.folder, pictures)]
-    entries, classes = [*pictures], naming.ordered(entry.class_name for entry in pictures)
-    digests = [picture.digest for picture in pictures.values()]
-    entries = complete_splits(listing.folder, classes, entries, digests, settings)
+    classes, digests = naming.ordered(e.class_name for e in pictures), [p.digest for p in pictures.values()]
+    entries = complete_splits(listing.folder, classes, [*pictures], digests, settings)
     remarks += check_range(sum(picture.histogram for picture in pictures.values()), listing.folder)
     if unreadable:
-        left_out = [f"{entry.file} ({why})" for entry, why in unreadable.items()]
-        remarks.append(f"{len(left_out)} unreadable files were left out: {naming.join_names(left_out)}.")
+        files = [f"{entry.file} ({why})" for entry, why in unreadable.items()]
+        remarks.append(f"{len(files)} unreadable files were left out: {naming.join_names(files)}.")
     traits = defaultdict(list)
-    for entry, picture in pictures.items():
-        for trait in picture.traits:
-            traits[trait].append(entry.file)
+    for entry, trait in ((entry, trait) for entry, picture in pictures.items() for trait in picture.traits):
+        traits[trait].append(entry.file)
     remarks += [f"{len(n)} of the images: each {trait} ({naming.join_names(n, 2)})." for trait, n in traits.items()]
     return ImageDataset.from_entries(
-        listing.folder.name, f"folder {listing.folder.name}/", classes,
-        np.stack([picture.pixels for picture in pictures.values()]), entries,
-        remarks=tuple(remarks), origin=origin, bit_depth=bit_depth,
+        classes, np.stack([picture.pixels for picture in pictures.values()]), entries, name=listing.folder.name,
+        source=f"folder {listing.folder.name}/", remarks=tuple(remarks), origin=origin, bit_depth=bit_depth,
     )  # fmt: skip
 
 
@@ -98,55 +95,52 @@ def decode_files(
         except Exception as error:  # whatever a damaged or hostile file makes a decoder raise
             return first_words(str(error).replace(f"{listing.folder}/", "") or type(error).__name__)
 
+    pictures, unreadable = {}, {}
     with Progress(None, len(entries), "read images", "img") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = {}
         for entry, result in zip(entries, pool.map(attempt, entries), strict=True):
             bar.update()
-            results[entry] = result
-    unreadable = {entry: result for entry, result in results.items() if isinstance(result, str)}
-    return {entry: result for entry, result in results.items() if entry not in unreadable}, unreadable
+            (unreadable if isinstance(result, str) else pictures)[entry] = result
+    return pictures, unreadable
 
 
 def check_readable(listing: Listing, pictures: dict[Entry, DecodedImage], unreadable: dict[Entry, str]) -> None:
     """Raises `BadInput` if most images cannot be read, or all of a class in a split."""
-    if len(unreadable) > len(pictures):
-        first, why = next(iter(unreadable.items()))
-        raise BadInput(
-            f"{len(unreadable)} of the {len(listing.entries)} images in {listing.folder} cannot be read, as "
-            f"{printable(f'{first.file} ({why})')[-300:]}: repair or remove them."
-        )
     readable = {entry[1:] for entry in pictures}
     for entry, why in unreadable.items():
+        if len(unreadable) > len(pictures):
+            raise BadInput(
+                f"{len(unreadable)} of the {len(listing.entries)} images in {listing.folder} cannot be read, as "
+                f"{printable(f'{entry.file} ({why})')[-300:]}: repair or remove them."
+            )
         if entry[1:] not in readable:
             count = sum(other[1:] == entry[1:] for other in unreadable)
             raise lost_class(listing.folder, entry.class_name, count, f"{entry.file}: {why}")
 
 
 def leave_out_masks(folder: Path, pictures: dict[Entry, DecodedImage]) -> list[str]:
-    """Remove images of few values named like richer ones in another subfolder or format of their class; remarks.
+    """Remove images of few values that have the name of a richer one in another subfolder or format; remarks.
 
     Raises `BadInput` for a class of masks: named so, and of few values.
     """
-    groups, namesakes = defaultdict(list), defaultdict(list)
+    groups, namesakes = {}, defaultdict(dict)  # groups: whether all images of a subfolder and format have few values
     for entry, picture in pictures.items():
         path = PurePosixPath(entry.file)
         group = (*entry[1:], path.parent, path.suffix.lower())
-        groups[group].append(np.count_nonzero(picture.histogram) <= INVISIBLE)
-        namesakes[*entry[1:], path.stem].append((entry, group))
-    flat = {group: all(few) for group, few in groups.items()}
-    for name in {name for name, *_ in flat if naming.is_companion(name)}:
-        if all(few for group, few in flat.items() if group[0] == name) and not all(flat.values()):
-            raise BadInput(
-                f"The class `{name}` of {folder} holds images of a few values only, as masks do: leave it out by the "
-                f"setting `exclude: {name}`, or rename it."
-            )
-    alike = [members for members in namesakes.values() if len(members) > 1]
-    masks = [e for members in alike for e, g in members if flat[g] and not all(flat[g] for _, g in members)]
+        groups[group] = groups.get(group, True) and np.count_nonzero(picture.histogram) <= INVISIBLE
+        namesakes[*entry[1:], path.stem][entry] = group
+    flat = {name: all(few for group, few in groups.items() if group[0] == name) for name, *_ in groups}
+    if masks := [name for name in flat if flat[name] and naming.is_companion(name) and not all(flat.values())]:
+        raise BadInput(
+            f"The class `{masks[0]}` of {folder} holds images of a few values only, as masks do: leave it out by the "
+            f"setting `exclude: {masks[0]}`, or rename it."
+        )
+    alike = [group_of for group_of in namesakes.values() if len(group_of) > 1]
+    masks = [
+        e for group_of in alike for e in group_of if groups[group_of[e]] and not all(map(groups.get, group_of.values()))
+    ]
     for entry in masks:
         del pictures[entry]
-    copies = [e.file for members in alike for e, _ in [pair for pair in members if pair[0] in pictures][1:]]
-    remarks = {
-        f"{len(masks)} images of a few values were left out as masks of their namesakes": [e.file for e in masks],
-        f"{len(copies)} images have the name of another one of their class; if they are copies, `exclude` them": copies,
-    }
-    return [f"{text}: {naming.join_names(files)}." for text, files in remarks.items() if files]
+    copies = [entry for group_of in alike for entry in [e for e in group_of if e in pictures][1:]]
+    remarks = {"were left out as masks: they have few values, and the name of another": masks,
+               "have the name of another: if they are copies, leave them out by `exclude`": copies}  # fmt: skip
+    return [f"{len(e)} images {why}: {naming.join_names(file for file, *_ in e)}." for why, e in remarks.items() if e]

@@ -16,6 +16,7 @@ from sdlab.runs.records import read_record, settings_differences
 from sdlab.settings import PROJECT_ROOT, Settings
 
 EXAMPLES = 12  # training images as the base model sees them, which notebook 00 shows
+ABOUT = ("name", "source", "class_names", "remarks", "origin", "bit_depth")
 
 
 def own_path(settings: Settings) -> Path:
@@ -28,24 +29,20 @@ def images_file(settings: Settings) -> Path:
 
 
 def save_dataset(settings: Settings, dataset: ImageDataset) -> list[Path]:
-    """Write the images and splits of a set of one's own to `data/` of the run. The files written."""
+    """Write the images and splits of a set of your own to `data/` of the run. The files written."""
     if not dataset.files:
         return []
     path = images_file(settings)
-    about = {
-        name: getattr(dataset, name) for name in ("name", "source", "class_names", "remarks", "origin", "bit_depth")
-    }
-    at = {name: iter(split.images) for name, split in dataset.splits.items()}
-    examples = dataset.training_images(range(min(EXAMPLES, len(dataset.train))), settings.base_image_size)
+    in_order = {name: iter(split.images) for name, split in dataset.splits.items()}
+    examples = range(min(EXAMPLES, len(dataset.train)) if dataset.source_images else 0)
+    arrays = dict(
+        images=np.stack([next(in_order[entry.split]) for entry in dataset.files]),
+        files=np.array(dataset.files),
+        examples=dataset.training_images(examples, settings.base_image_size),
+        about=np.array(json.dumps({name: getattr(dataset, name) for name in ABOUT})),
+    )
     with atomic_write(path) as partial, partial.open("wb") as file:
-        np.savez(
-            file,
-            images=np.stack([next(at[entry.split]) for entry in dataset.files]),
-            files=np.array(dataset.files),
-            examples=examples if dataset.source_images else examples[:0],
-            origin=np.array(dataset.origin),
-            about=np.array(json.dumps(about)),
-        )
+        np.savez(file, **arrays)
     splits = path.with_name("splits.csv")
     with atomic_write(splits) as partial, partial.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("file", "class", "split"), *dataset.files])
@@ -61,37 +58,32 @@ def load_saved(settings: Settings, origin: str | None = None) -> ImageDataset | 
     if not path.is_file():
         return None
     way_out = f"move it away, and the images are read from {own_path(settings)} again"
-    if origin is not None and str(read_arrays(path, ["origin"], way_out)["origin"]) != origin:
-        return None
-    saved = read_arrays(path, ["images", "files", "examples", "about"], way_out)
-    examples = saved["examples"]
+    text = str(read_arrays(path, ["about"], way_out)["about"])
+    try:  # the file can hold any texts, and arrays of any shape
+        about = dict(json.loads(text))
+        if origin not in (None, about["origin"]):
+            return None
+        saved, size = read_arrays(path, ["images", "files", "examples"], way_out), settings.image_size
+        examples = saved["examples"]
+        if saved["images"].shape != (len(saved["files"]), 3, size, size) or about["bit_depth"] not in range(8, 17):
+            raise ValueError("other arrays than were written")
+        about["remarks"] = tuple(about["remarks"])
+        entries = [Entry(*map(str, row)) for row in saved["files"]]
+        dataset = ImageDataset.from_entries(about.pop("class_names"), saved["images"], entries, **about)
+    except (AssertionError, LookupError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path} is damaged: {way_out}.") from None
 
     def source_images(indices: Sequence[int], size: int) -> np.ndarray:
-        if size == settings.base_image_size and max(indices) < len(examples):
-            return examples[list(indices)]
-        raise BadInput(
-            f"The original images are needed at {size} pixels, and {own_path(settings)} cannot be read: make it available "
-            "again, or give its new place as `dataset`."
-        )
+        if size != settings.base_image_size or max(indices) >= len(examples):
+            raise BadInput(
+                f"The original images are needed at {size} pixels, and there is nothing at {own_path(settings)}: make "
+                "them available again, or give their new place as `dataset`."
+            )
+        return examples[list(indices)]
 
-    try:
-        about, size = json.loads(str(saved["about"])), settings.image_size
-        shapes = saved["images"].shape == (len(saved["files"]), 3, size, size) and examples.ndim == 4
-        if not shapes or about["bit_depth"] not in (8, 10, 12, 14, 16):
-            raise ValueError("other arrays than were written")
-        return ImageDataset.from_entries(
-            about["name"], about["source"], about["class_names"], saved["images"],
-            [Entry(*map(str, row)) for row in saved["files"]], source_images=source_images if len(examples) else None,
-            remarks=tuple(about["remarks"]), origin=about["origin"], bit_depth=about["bit_depth"],
-        )  # fmt: skip
-    except (
-        AssertionError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # arrays of any shape, texts of any content
-        raise BadInput(f"{path} is damaged: {way_out}.") from None
+    return replace(dataset, source_images=source_images) if len(examples) else dataset
 
 
 def load_if_gone(settings: Settings) -> ImageDataset | None:
