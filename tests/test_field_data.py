@@ -258,9 +258,7 @@ def test_an_exclude_that_leaves_nothing_out_is_refused(settings, tmp_path):
     ):
         load(settings, tmp_path / "mine", exclude="cat, emus")
     for path in (tmp_path / "mine.npz", "digits"):
-        with pytest.raises(
-            BadInput, match=r"`exclude` is 'cat', but `dataset` is .*: files are left out of folders only"
-        ):
+        with pytest.raises(BadInput, match=r"`exclude` is 'cat', but `dataset` .* is no folder: remove it"):
             load(settings, path, exclude="cat")
 
 

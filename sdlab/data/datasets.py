@@ -16,28 +16,23 @@ from sdlab.settings import PROJECT_ROOT, Settings
 def load_dataset(settings: Settings) -> ImageDataset:
     """The data set that `settings.dataset` names, at `settings.image_size`; an official one is fetched if missing.
 
-    Their content names one's own images, not their path: where they are gone (moved, or a disk that is not mounted)
-    after stage 00 is finished, its copy is used. Raises `BadInput` for an unknown name, and for files that are missing,
-    damaged or of another kind.
+    Content names a set of your own, not its path: where it is gone (moved, or on a disk that is not mounted) after
+    stage 00 is finished, that stage's copy is used. Raises `BadInput` for an unknown name, and for files that are
+    missing, damaged or of another kind.
     """
-    if settings.dataset in known_names():
-        check_exclude(settings)
-        return resize_dataset(load_official(settings.dataset, data_root(settings)), settings.image_size)
-    if saved := load_if_gone(settings):
+    if saved := find_dataset(settings):
         print(f"There is nothing at {own_path(settings)}: the copy of stage 00 is used.", file=sys.stderr)
         return saved
-    check_path(settings)
-    return resize_dataset(load_own_images(settings), settings.image_size)
+    official = settings.dataset in known_names()
+    dataset = load_official(settings.dataset, data_root(settings)) if official else load_own_images(settings)
+    return resize_dataset(dataset, settings.image_size)
 
 
 def fetch_dataset(settings: Settings) -> None:
     """Fetch what is missing of an official data set, with a bar, before any notebook starts. Raises `BadInput`."""
-    if settings.dataset in known_names():
-        check_exclude(settings)
-        if not is_here(settings.dataset, data_root(settings)):
-            load_official(settings.dataset, data_root(settings))
-    elif not load_if_gone(settings):
-        check_path(settings)
+    find_dataset(settings)
+    if settings.dataset in known_names() and not is_here(settings.dataset, data_root(settings)):
+        load_official(settings.dataset, data_root(settings))
 
 
 def dataset_facts(settings: Settings) -> DatasetFacts:
@@ -59,29 +54,30 @@ def resize_dataset(dataset: ImageDataset, size: int) -> ImageDataset:
     return replace(dataset, **splits, source_images=lambda indices, _: dataset.train.images[indices])
 
 
-def check_path(settings: Settings) -> None:
-    """Raises `BadInput` for a `dataset` that is neither a known name nor a folder or npz that exists."""
-    names, path = ", ".join(known_names()), own_path(settings)
-    if not settings.dataset.strip():
-        raise BadInput(f"`dataset` is empty: name a folder, an npz, or one of {names}.")
-    with raise_on_read_error(path):
-        is_file, is_folder = path.is_file(), path.is_dir()
+def find_dataset(settings: Settings) -> ImageDataset | None:
+    """The copy of stage 00, if a set of your own is gone; else None.
+
+    Raises `BadInput` for a `dataset` that is neither a known name nor a folder or npz that exists.
+    """
+    names, path, is_folder, is_file = known_names(), own_path(settings), False, False
+    if settings.dataset not in names:
+        if saved := load_if_gone(settings):
+            return saved
+        with raise_on_read_error(path):
+            is_folder, is_file = path.is_dir(), path.is_file()
+        if not settings.dataset.strip():
+            raise BadInput(f"`dataset` is empty: name a folder, an npz, or one of {', '.join(names)}.")
+        if not (is_folder or is_file):
+            raise BadInput(
+                f"`dataset` is {settings.dataset!r}, neither a known name nor a path that exists ({path}): known are "
+                f"{', '.join(names)}.{did_you_mean(settings.dataset, names)}"
+            )
     if is_file and path.suffix.lower() != ".npz":
         raise BadInput(
             f"`dataset` is the file {path}: a file has to be an npz with images and labels; else give a folder."
         )
-    if is_file:
-        check_exclude(settings)
-    if not is_file and not is_folder:
+    if settings.exclude and not is_folder:
         raise BadInput(
-            f"`dataset` is {settings.dataset!r}, neither a known name nor a path that exists ({path}): known are {names}."
-            f"{did_you_mean(settings.dataset, known_names())}"
+            f"`exclude` is {settings.exclude!r}, but `dataset` ({settings.dataset}) is no folder: remove it."
         )
-
-
-def check_exclude(settings: Settings) -> None:
-    """Raises `BadInput` for `exclude` where no folder is read."""
-    if settings.exclude:
-        raise BadInput(
-            f"`exclude` is {settings.exclude!r}, but `dataset` is {settings.dataset}: files are left out of folders only."
-        )
+    return None

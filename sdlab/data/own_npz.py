@@ -8,7 +8,7 @@ import numpy as np
 from sdlab.data import naming
 from sdlab.data.images import Entry, to_nchw
 from sdlab.data.npz import array_names, read_arrays
-from sdlab.data.pictures import INVISIBLE, used_bits
+from sdlab.data.pictures import INVISIBLE
 from sdlab.errors import BadInput, first_words, printable
 
 LAYOUT = (
@@ -17,6 +17,15 @@ LAYOUT = (
 )
 KINDS = dict.fromkeys(("images", "image", "x", "imgs", "img", "pixels"), "images")
 KINDS |= dict.fromkeys(("labels", "label", "y", "targets", "target"), "labels")
+RANGES = (
+    (0.0, 1.0),
+    (-1.0, 1.0),
+    (0.0, 255.0),
+    (0.0, 1023.0),
+    (0.0, 4095.0),
+    (0.0, 16383.0),
+    (0.0, 65535.0),
+)  # of pixels
 CLASS_NAMES = "class_names"  # in the order of the labels, if there is one
 
 
@@ -91,29 +100,17 @@ def image_changes(path: Path, images: Mapping[str, np.ndarray]) -> dict[str, str
     if unscaled or high - low <= INVISIBLE:
         if not 0 < high - low < np.inf:
             raise BadInput(f"{path} holds pixels from {low:g} to {high:g}, which show nothing: {LAYOUT}.")
-        whole = all(images[name].dtype.kind != "f" for name in unscaled)
+        usual = [(a, b) for a, b in RANGES if a <= low and high <= b and 16 * (high - low) > b - a]
+        start, end = (usual or [(low, high)])[0]
         for name in unscaled or images:
-            changes[name] = f"np.round({scaled(changes[name], low, high, whole)}).astype(np.uint8)"
+            changes[name] = f"np.round(({changes[name]} - {start!r}) * {255 / (end - start)!r}).astype(np.uint8)"
     return {name: change for name, change in changes.items() if change != "z[k]"}
-
-
-def scaled(pixels: str, low: float, high: float, whole: bool) -> str:
-    """The numpy that brings pixels to 0 ... 255: their lowest and highest value tell which range they have."""
-    if low >= 0 and high <= 1:
-        return f"{pixels} * 255"
-    if low >= -1 and high <= 1:
-        return f"({pixels} + 1) * 127.5"
-    if whole and low >= 0 and 255 < high < 2**16:
-        return f"{pixels} * (255 / {2 ** used_bits(high) - 1})"
-    if low >= 0 and high <= 255 and high - low > INVISIBLE:
-        return pixels
-    return f"({pixels} - {low!r}) * {255 / (high - low)!r}"
 
 
 def read_labels(
     path: Path, labels: Mapping[str, np.ndarray], names: np.ndarray | None, changes: dict[str, str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Array -> labels int64 (n,), and the class names; `changes` grows by the numpy that mends labels."""
+    """Array -> labels (n,), and the class names; `changes` grows by the numpy that makes 0, 1, ... of other labels."""
     if all(array.dtype.kind in "US" and array.size == len(array) for array in labels.values()):
         texts = {name: as_names(path, name, array) for name, array in labels.items()}
         classes = naming.ordered(text for of_array in texts.values() for text in of_array)
@@ -121,39 +118,28 @@ def read_labels(
         label_of = {text: label for label, text in enumerate(classes)}
         return {name: np.array([*map(label_of.get, of_array)]) for name, of_array in texts.items()}, classes
     numbers, mended = {}, {}
-    for name, values in labels.items():
-        mended[name] = "z[k]"
-        if values.ndim == 2 and values.dtype.kind in "buif" and is_one_hot(values):
-            mended[name], values = "z[k].argmax(1)", values.argmax(1)
-        elif values.dtype.kind == "b" or (
-            values.dtype.kind == "f" and ((values % 1 == 0) & (abs(values) < 2**31)).all()
-        ):
-            mended[name], values = "z[k].astype(int)", values.astype(int)
-        if values.dtype.kind not in "iu" or values.size != len(values):
-            raise bad_labels(path, name, labels[name])
-        numbers[name] = values.reshape(-1).astype(np.int64)
+    for name, array in labels.items():
+        mended[name], values = "z[k]", array
+        wide = array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind in "buif"
+        if wide and np.isin(array, (0, 1)).all() and (array.sum(1) == 1).all():  # one-hot
+            mended[name], values = "z[k].argmax(1)", array.argmax(1)
+        if values.dtype.kind not in "buif" or values.size != len(values) or not (values % 1 == 0).all():
+            raise bad_labels(path, name, array)
+        numbers[name] = values.reshape(-1)
     present = np.unique(np.concatenate([*numbers.values()]))
     classes = [str(label) for label in range(len(present))] if names is None else as_names(path, CLASS_NAMES, names)
-    if present[0] < 0 or present[-1] >= len(classes):
-        from_one = present[0] == 1 and present[-1] == len(classes)
-        if not from_one and (names is not None or 3 * len(present) > sum(map(len, numbers.values()))):
+    if present.dtype.kind not in "iu" or present[0] < 0 or present[-1] >= len(classes):
+        if len(present) != len(classes) or 3 * len(present) > sum(map(len, numbers.values())):
             raise BadInput(f"{path} has the labels {present[:12].tolist()}: they have to be 0, 1, ... without a gap.")
         every = f"np.unique(np.concatenate([np.ravel(z[k]) for k in {(*labels,)}]))"
-        shifted = "{} - 1" if from_one else f"np.searchsorted({every}, {{}})"
-        mended = {name: shifted.format(label) for name, label in mended.items()}
+        mended = {name: f"np.searchsorted({every}, {change})" for name, change in mended.items()}
     changes |= {name: change for name, change in mended.items() if change != "z[k]"}
     return numbers, classes
 
 
-def is_one_hot(array: np.ndarray) -> bool:
-    return array.shape[1] > 1 and bool(((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all())
-
-
 def bad_labels(path: Path, name: str, array: np.ndarray) -> BadInput:
-    return BadInput(
-        f"{path} holds {name} of {first_words(array.dtype)} {array.shape}: one label an image is needed, a whole number or "
-        "a name."
-    )
+    held = f"{first_words(array.dtype)} {array.shape}"
+    return BadInput(f"{path} holds {name} of {held}: one label an image is needed, a whole number or a name.")
 
 
 def as_names(path: Path, name: str, array: np.ndarray) -> list[str]:
