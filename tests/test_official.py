@@ -11,10 +11,11 @@ import pytest
 import torchvision.datasets
 from make_data import md5, write_cifar, write_medmnist
 
-from sdlab.data import official
-from sdlab.data.datasets import known_names, load_dataset
+from sdlab.data import downloads, official
+from sdlab.data.datasets import load_dataset
+from sdlab.data.downloads import fetch
 from sdlab.data.images import DatasetFacts
-from sdlab.data.official import cifar, fetch, medmnist, medmnist_facts, medmnist_table
+from sdlab.data.official import cifar, known_names, medmnist, medmnist_table, official_facts
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
 from sdlab.settings import Settings
@@ -124,7 +125,7 @@ def test_the_table_is_medmnists_own():
     assert all(medmnist_table()[name] == INFO[name] for name in medmnist_table())
     assert {"pathmnist", "dermamnist", "bloodmnist", "retinamnist"} <= set(medmnist_table())
     assert not {"chestmnist", "organmnist3d"} & set(known_names())  # several labels an image; volumes
-    assert medmnist_facts("retinamnist") == DatasetFacts(1080, 120, 400, 5, 28)
+    assert official_facts("retinamnist") == DatasetFacts(1080, 120, 400, 5, 28)
 
 
 def test_a_wrong_md5_is_refused(tmp_path):
@@ -166,7 +167,7 @@ def test_a_file_is_fetched_once_with_its_md5_checked(tmp_path, server):
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(official, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(downloads, "PAUSES", (0.01, 0.02))
 
 
 def test_a_lost_network_starts_the_download_again(tmp_path, server, capsys, at_once):
@@ -192,7 +193,7 @@ def test_a_network_that_stays_lost_leaves_nothing_that_is_read(tmp_path, server,
 
 def test_what_would_be_the_same_again_is_not_asked_for_again(tmp_path, server, at_once, capsys):
     (server.folder / "x.bin").write_bytes(b"another file")
-    with pytest.raises(BadInput, match=r"has MD5 .* instead of 000.*altered on the way"):
+    with pytest.raises(BadInput, match=r"with MD5 .* instead of 000.*altered on the way"):
         fetch(f"{server.url}/x.bin", tmp_path / "x.bin", "0" * 32, "x")
     with pytest.raises(BadInput, match=r"could not be fetched .*404"):
         fetch(f"{server.url}/none.bin", tmp_path / "x.bin", "0" * 32, "x")

@@ -21,12 +21,13 @@ NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = """
-class_encoder data.images data.pictures errors importance metrics paths report.paper threads devices report.samples
-runs.files runs.parameters data.npz data.pixels report.figures runs.checkpoints runs.locks runs.progress runs.resume
-runs.shards seeds settings classifier data.model_files data.official data.own_images pipeline report.reference
-runs.storage schedulers data.datasets data.model_configs runs.studies base_models runs.records report.costs
-report.tables runs.aside runs.export runs.verify tools.execution report.remarks runs.run latents report.printing
-sampling_config generation training evaluation tools.measuring tools.repair search tools.planning tools.cli
+class_encoder data.images errors importance metrics paths report.paper threads data.image_decoding data.naming devices
+report.samples runs.files runs.parameters data.folders data.npz data.pixels report.figures runs.checkpoints runs.locks
+runs.progress runs.resume runs.shards seeds settings classifier data.downloads data.model_files data.own_npz
+data.saved_images data.splits pipeline report.reference runs.storage schedulers data.model_configs data.official
+data.own_images runs.studies base_models data.datasets runs.records report.costs report.tables runs.aside runs.export
+runs.verify tools.execution report.remarks runs.run latents report.printing sampling_config generation training
+evaluation tools.measuring tools.repair search tools.planning tools.cli
 """.split()  # noqa: SIM905
 
 

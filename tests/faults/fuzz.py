@@ -35,9 +35,10 @@ from fake_run import KEY, write_run
 from make_data import pictures
 
 from sdlab.base_models import load_base_model
-from sdlab.data.npz import read_arrays, read_npz
-from sdlab.data.own_images import images_file, load_saved_images
-from sdlab.data.pictures import read_image
+from sdlab.data.image_decoding import read_image
+from sdlab.data.npz import read_arrays
+from sdlab.data.own_npz import read_npz
+from sdlab.data.saved_images import images_file, load_saved
 from sdlab.errors import BadInput, brief
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import read_hashed_json, sha256_of_file, sha256_of_json
@@ -225,8 +226,9 @@ class Target:
 
     def write_kept_images(self):
         images = self.arrays["train_images"].transpose(0, 3, 1, 2)[:, :, :8, :8]
-        files = np.array([(f"cat/{i}.png", "cat", "train") for i in range(len(images))])
-        self.kept_arrays = dict(images=images, files=files, remarks=np.array(["x"]), made_from=np.array("key"))
+        files = np.array([(f"cat/{i}.png", "cat", ("train", "val", "test")[i % 3]) for i in range(len(images))])
+        about = dict(name="x", source="x", class_names=["cat"], remarks=["x"], origin="key", bit_depth=16)
+        self.kept_arrays = dict(images=images, files=files, examples=images[:3], about=np.array(json.dumps(about)))
         images_file(self.settings).parent.mkdir(parents=True, exist_ok=True)
 
     def write_resume_state(self):
@@ -263,7 +265,7 @@ class Target:
             else damaged(as_npz(self.kept_arrays, False), rng)
         )
         path.write_bytes(made)
-        return lambda: load_saved_images(self.settings, "key")
+        return lambda: load_saved(self.settings, "key")
 
     def image(self, rng):
         name = rng.choice(list(self.images))

@@ -236,20 +236,27 @@ def odd_class(mine):
     (write_folder(mine, 6) / "cat").rename(mine / "a\nb")
 
 
+def lost_class(mine):
+    (write_folder(mine, 6) / "emu").mkdir()
+    for number in range(2):
+        (mine / "emu" / f"{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+
+
 FOLDERS = [
-    folder("empty", r"mine has 0 files, none of them an image that is read \(PNG, .*\): it needs one subfolder a class", lambda f: None),
-    folder("no images", r"mine has 2 files, none of them an image that is read \(PNG, .*\): it needs", all_images(lambda p: p.rename(p.with_suffix(".txt")) if "000" in p.name else p.unlink())),
-    folder("images without a class", r"mine has 1 images without a class: it needs one", lambda f: Image.new("RGB", (9, 9)).save(f / "x.png")),
+    folder("empty", r"mine has 0 files, none of them an image that is read \(PNG, .*\): give a folder with one subfolder per class", lambda f: None),
+    folder("no images", r"mine has 2 files, none of them an image that is read \(PNG, .*\): give a folder", all_images(lambda p: p.rename(p.with_suffix(".txt")) if "000" in p.name else p.unlink())),
+    folder("images without a class", r"mine has 1 images in no class .*: give a folder with one subfolder per class", lambda f: Image.new("RGB", (9, 9)).save(f / "x.png")),
     folder("one class", r"mine has readable images of one class only \(`cat`\): a classifier needs two", lambda f: write_folder(f, 9, ("cat",))),
-    folder("an empty class", r"mine has readable images of one class only .*: it needs|classifier needs two", lambda f: (write_folder(f, 9, ("cat",)) / "dog").mkdir()),
+    folder("an empty class", r"mine has readable images of one class only .*: a classifier needs two", lambda f: (write_folder(f, 9, ("cat",)) / "dog").mkdir()),
     folder("one image a class", r"class `cat` of .*mine has 1 different .*: at least 3 are needed", lambda f: write_folder(f, 1)),
     folder("equal images", r"class `cat` of .*mine has 1 different .*: at least 3", all_images(lambda p: Image.new("RGB", (9, 9)).save(p))),
-    folder("classes and splits", r"mine has both train/ and cat/: it needs one subfolder .* not both", mixed),
-    folder("two validation splits", r"mine has val and valid, .* same split: put their images into one", lambda f: (write_folder(f, 6, split="val"), write_folder(f, 6, split="valid"))),
-    folder("no train", r"mine has images in test, but none in train/: it needs", lambda f: write_folder(f, 6, split="test")),
-    folder("a class not in train", r"class `emu` of .*mine has images in test/, but none in train/: add some", lambda f: (write_folder(f, 9, split="train"), write_folder(f, 9, ("emu",), "test"))),
-    folder("a loop of links", r"mine/loop is a link to a folder that holds it: remove it", loop_of_folders),
+    folder("classes and splits", r"mine has train, read as splits, and next to them cat, dog, .*: rename what is misunderstood, or leave out .*`exclude: cat`", mixed),
+    folder("two validation splits", r"mine has val, valid, of which two name the same split: put their images into one", lambda f: (write_folder(f, 6, split="val"), write_folder(f, 6, split="valid"))),
+    folder("no train", r"mine has images in test, but none in train: add some", lambda f: write_folder(f, 6, split="test")),
+    folder("a class not in train", r"class `emu` of .*mine has images in test, but none in train: add some", lambda f: (write_folder(f, 9, split="train"), write_folder(f, 9, ("emu",), "test"))),
+    folder("a loop of links", r"mine/loop is a link to a folder that holds it, .*: remove it", loop_of_folders),
     folder("a class of two lines", r"mine has the subfolder 'a\\+nb': rename it", odd_class),
+    folder("a class of which nothing is read", r"class `emu` of .*mine has 2 files and no image that can be read \(emu/0.heic is none of .*: convert.*`exclude: emu`", lost_class),
 ]  # fmt: skip
 
 
@@ -379,21 +386,22 @@ NPZ = [
     npz("a negative shape", r"mine.npz cannot be read as npz .*has the shape \(-1, 28\)", with_member(npy(header=HUGE | dict(shape=(-1, 28))))),
     npz("a header of megabytes", r"mine.npz cannot be read as npz .*: it needs", with_member(b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{" * 2**21)),
     npz("another compression", r"mine.npz cannot be read as npz .*compressed in a way that numpy does not", with_member(npy(arrays()["train_images"]), method=zipfile.ZIP_LZMA)),
-    npz("four channels", r"mine.npz holds train_images of uint8 \(30, 12, 12, 4\): it needs", with_arrays(train_images=np.zeros((30, 12, 12, 4), np.uint8))),
-    npz("floats", r"mine.npz holds train_images of float32 .*: it needs", with_arrays(train_images=np.zeros((30, 12, 12), np.float32))),
+    npz("four channels", r"mine.npz holds train_images of uint8 \(30, 12, 12, 4\), .*: this line writes an npz that is read: `.*`", with_arrays(train_images=np.zeros((30, 12, 12, 4), np.uint8))),
+    npz("volumes", r"mine.npz holds train_images of uint8 \(30, 12, 12, 12\): it needs", with_arrays(train_images=np.zeros((30, 12, 12, 12), np.uint8))),
+    npz("floats", r"mine.npz holds train_images of float32 \(30, 12, 12\), 0 ... 1: this line writes an npz that is read: `import numpy as np; .*`", with_arrays(train_images=(arrays()["train_images"][..., 0] > 99).astype(np.float32))),
     npz("no pixels", r"mine.npz holds train_images of \(30, 0, 0\), which are none: it needs", with_arrays(train_images=np.zeros((30, 0, 0), np.uint8))),
     npz("no images", r"mine.npz holds val_images of \(0, 12, 12\), which are none: it needs", with_arrays(val_images=np.zeros((0, 12, 12), np.uint8), val_labels=np.zeros(0, int))),
-    npz("not square", r"mine.npz holds images of \[\(9, 12\)\] pixels: all have to be square", with_arrays(**{f"{s}_images": np.zeros((30, 9, 12), np.uint8) for s in ("train", "val", "test")})),
+    npz("not square", r"mine.npz holds images of \[\(9, 12\)\] pixels: all have to be square", with_arrays(**{f"{s}_images": (np.arange(3240) % 251).astype(np.uint8).reshape(30, 9, 12) for s in ("train", "val", "test")})),
     npz("two sizes", r"mine.npz holds images of .* pixels: all have to be square and of one size", with_arrays(val_images=np.zeros((30, 9, 9), np.uint8))),
-    npz("several labels an image", r"mine.npz holds train_labels of int64 \(30, 5\) for 30 images: one label", with_arrays(train_labels=np.zeros((30, 5), int))),
-    npz("labels of too few", r"mine.npz holds train_labels of int64 \(29,\) for 30 images: one label", with_arrays(train_labels=np.zeros(29, int))),
-    npz("a single number", r"mine.npz holds train_labels of int64 \(\) for 30 images: one label", with_arrays(train_labels=np.array(3))),
-    npz("fractions", r"mine.npz holds test_labels of float64 .*: one label an image is needed, a whole number", with_arrays(test_labels=np.zeros(30))),
-    npz("negative labels", r"mine.npz has the labels \[-1, 0, 1\]: they have to be 0, 1, ", with_arrays(train_labels=np.arange(30) % 3 - 1, val_labels=np.zeros(30, int), test_labels=np.zeros(30, int))),
-    npz("a gap", r"mine.npz has the labels \[0, 1, 2, 9\]: they have to be", with_arrays(test_labels=np.full(30, 9))),
+    npz("several labels an image", r"mine.npz holds train_labels of int64 \(30, 5\): one label an image", with_arrays(train_labels=np.zeros((30, 5), int))),
+    npz("labels of too few", r"mine.npz holds train_labels of int64 \(29,\): one label an image", with_arrays(train_labels=np.zeros(29, int))),
+    npz("a single number", r"mine.npz holds train_labels of int64 \(\): one label an image", with_arrays(train_labels=np.array(3))),
+    npz("fractions", r"mine.npz holds test_labels of float64 .*: one label an image is needed, a whole number", with_arrays(test_labels=np.full(30, 0.5))),
+    npz("negative labels", r"mine.npz holds train_labels of int64 \(30,\), -1 ... 1: this line writes an npz that is read", with_arrays(train_labels=np.arange(30) % 3 - 1, val_labels=np.zeros(30, int), test_labels=np.zeros(30, int))),
+    npz("a gap", r"mine.npz holds train_labels of int64 .*: this line writes an npz that is read: `.*np.searchsorted", with_arrays(test_labels=np.full(30, 9))),
     npz("a label for every image", r"mine.npz has the labels \[0, .*\]: they have to be", with_arrays(train_labels=np.arange(30) * 10**12)),
-    npz("a class not in train", r"mine.npz has no training images of the classes \[2\]: add some, or leave", with_arrays(train_labels=np.arange(30) % 2)),
-    Row("npz: under another name", lambda w: w.parameters(dataset=str(SMOKE)), r"`dataset` is the file .*smoke.yaml: a file has to be an npz in MedMNIST's layout; else give a folder"),
+    npz("a class not in train", r"class `2` of .*mine.npz has images in val, but none in train: add some, or leave", with_arrays(train_labels=np.arange(30) % 2)),
+    Row("npz: under another name", lambda w: w.parameters(dataset=str(SMOKE)), r"`dataset` is the file .*smoke.yaml: a file has to be an npz with images and labels; else give a folder"),
 ]  # fmt: skip
 
 
@@ -624,7 +632,7 @@ def of_world(name, *folders):
 DENIED = r" \(Permission denied\): mend that, and give the same command"
 OTHERS = [
     shut("parameter file", r"given.yaml cannot be read \(Permission denied\): give one that can", of_world("given.yaml")),
-    shut("folder of images", r"mine cannot be read \(Permission denied\): give a folder that can; it needs", of_mine("")),
+    shut("folder of images", r"mine cannot be read" + DENIED, of_mine("")),
     shut("class", r"mine/cat cannot be read" + DENIED, of_mine("cat")),
     shut("image", r"mine/cat/000.png cannot be read" + DENIED, of_mine("cat/000.png")),
     shut("npz", r"mine.npz cannot be read" + DENIED, of_npz),

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 
+from sdlab.data.image_decoding import read_image
 from sdlab.data.npz import read_arrays
-from sdlab.data.pictures import read_image
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.checkpoints import checkpoint_sha
