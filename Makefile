@@ -14,7 +14,7 @@ demo: setup  ## The whole pipeline on the embedded data set and base model
 test: setup $(VENV)/reference/.done  ## Unit and property tests, and every notebook at smoke depth
 	$(BIN)/python -m pytest $(PARALLEL)
 
-faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish, many times over: hours; given again, it goes on
+faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish, many times over: hours; a second call continues
 	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=2500 $(BIN)/python -m pytest $(PARALLEL) tests/faults
 	$(BIN)/python tests/faults/refusals.py --folder $(FAULTS)
 	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 115 --soak 30
