@@ -109,7 +109,7 @@ class Tree:
 
 
 def read_tree(root: Path, patterns: Sequence[str]) -> Tree:
-    """Follows links. Raises `BadInput` for a ring of links, an unreadable folder, and a pattern that matches nothing."""
+    """Follows links. Raises `BadInput` for a ring of links, an unreadable folder, a pattern that matches nothing."""
 
     def stop(error: OSError) -> None:
         raise error
