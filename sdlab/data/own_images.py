@@ -62,9 +62,9 @@ def read_images(listing: Listing, origin: str, settings: Settings) -> ImageDatas
     if bit_depth < 16:
         pictures |= decode_files(listing, [*deep], settings.image_size, bit_depth)[0]
     remarks = [*listing.remarks, *leave_out_masks(listing.folder, pictures)]
+    remarks += check_range(sum(picture.histogram for picture in pictures.values()), listing.folder)
     classes, digests = naming.ordered(e.class_name for e in pictures), [p.digest for p in pictures.values()]
     entries = complete_splits(listing.folder, classes, [*pictures], digests, settings)
-    remarks += check_range(sum(picture.histogram for picture in pictures.values()), listing.folder)
     if unreadable:
         files = [f"{entry.file} ({why})" for entry, why in unreadable.items()]
         remarks.append(f"{len(files)} unreadable files were left out: {naming.join_names(files)}.")
