@@ -50,7 +50,7 @@ def write_cifar(root: Path, name: str, per_batch: int = 40):
 
 def write_medmnist(root: Path, name: str, counts=(60, 20, 30)) -> dict:
     """`name`.npz below `root`; medmnist's own entry with the MD5 and counts of this file."""
-    from sdlab.data.official import medmnist_table
+    from sdlab.data.named_datasets import medmnist_table
 
     info = dict(medmnist_table()[name])
     root.mkdir(parents=True, exist_ok=True)

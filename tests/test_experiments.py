@@ -13,7 +13,7 @@ from conftest import SMOKE
 from make_data import write_cifar, write_folder, write_medmnist
 from test_base_models import saved_as
 
-from sdlab.data import datasets
+from sdlab.data import named_datasets as official
 from sdlab.data.datasets import dataset_facts
 from sdlab.paths import PARAMS, PROJECT_ROOT
 from sdlab.report.paper import DATASETS
@@ -51,10 +51,10 @@ def test_every_parameter_file_runs_all_notebooks(name, tmp_path, monkeypatch, ba
     dataset = name.removesuffix("-tiny")
     if dataset.startswith("cifar"):
         kind = write_cifar(tmp_path / "data_root", dataset, per_batch=20)
-        monkeypatch.setattr(datasets, "cifar", functools.partial(datasets.cifar, kind=kind, validation=20))
+        monkeypatch.setattr(official, "cifar", functools.partial(official.cifar, kind=kind, validation=20))
     else:
         table = {dataset: write_medmnist(tmp_path / "data_root", dataset)}
-        monkeypatch.setattr(datasets, "medmnist", functools.partial(datasets.medmnist, table=table))
+        monkeypatch.setattr(official, "medmnist", functools.partial(official.medmnist, table=table))
     base_model = v_base_folder if dataset in ("cifar10", "bloodmnist") else base_folder
     if name == "cifar100":
         base_model = saved_as(base_folder, tmp_path / "sharded", dict(variant="fp16", half=True, max_shard_size="50KB"))

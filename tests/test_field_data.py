@@ -139,6 +139,7 @@ READ = {  # name -> (what makes the folder, images a class, what is said)
     "a pipe": (cat_and_dog(lambda f: os.mkfifo(f / "cat" / "pipe.png")), [6, 6], r"cat/pipe.png \(a pipe or device\)"),
     "an empty class": (cat_and_dog(lambda f: (f / "emu/deep").mkdir(parents=True)), [6, 6], r"1 files or folders give no image: emu/ \(is empty\)"),
     "a class of hidden files": (cat_and_dog(write("emu/.DS_Store")), [6, 6], r"emu/ \(is empty\)"),
+    "one subfolder each": (add("cat/raw", "dog/raw"), [6, 6], None),
     "numbers": (add(*map(str, range(12)), count=4), [4] * 12, None),
     "one name in two forms, a split each": (lambda f: (images(f / "train", DECOMPOSED, "dog"), images(f / "test", COMPOSED, "dog", start=9)), [12, 12], None),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from sdlab.data import downloads, official
 from sdlab.data.datasets import load_dataset
 from sdlab.data.downloads import fetch
 from sdlab.data.images import DatasetFacts
-from sdlab.data.official import cifar, known_names, medmnist, medmnist_table, official_facts
+from sdlab.data.named_datasets import cifar, known_names, medmnist, medmnist_table, named_facts
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
 from sdlab.settings import Settings
@@ -125,7 +125,7 @@ def test_the_table_is_medmnists_own():
     assert all(medmnist_table()[name] == INFO[name] for name in medmnist_table())
     assert {"pathmnist", "dermamnist", "bloodmnist", "retinamnist"} <= set(medmnist_table())
     assert not {"chestmnist", "organmnist3d"} & set(known_names())  # several labels an image; volumes
-    assert official_facts("retinamnist") == DatasetFacts(1080, 120, 400, 5, 28)
+    assert named_facts("retinamnist") == DatasetFacts(1080, 120, 400, 5, 28)
 
 
 def test_a_wrong_md5_is_refused(tmp_path):

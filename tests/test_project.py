@@ -24,7 +24,7 @@ ORDER = """
 class_encoder data.images errors importance metrics paths report.paper threads data.image_decoding data.naming devices
 report.samples runs.files runs.parameters data.folders data.npz data.pixels report.figures runs.checkpoints runs.locks
 runs.progress runs.resume runs.shards seeds settings classifier data.downloads data.model_files data.own_npz
-data.saved_images data.splits pipeline report.reference runs.storage schedulers data.model_configs data.official
+data.saved_images data.splits pipeline report.reference runs.storage schedulers data.model_configs data.named_datasets
 data.own_images runs.studies base_models data.datasets runs.records report.costs report.tables runs.aside runs.export
 runs.verify tools.execution report.remarks runs.run latents report.printing sampling_config generation training
 evaluation tools.measuring tools.repair search tools.planning tools.cli

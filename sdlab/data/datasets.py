@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdlab.data.images import DatasetFacts, ImageDataset, Split
-from sdlab.data.official import is_here, known_names, load_official, official_facts
+from sdlab.data.named_datasets import is_here, known_names, load_named, named_facts
 from sdlab.data.own_images import load_own_images
 from sdlab.data.saved_images import load_if_gone, own_path
 from sdlab.errors import BadInput, did_you_mean
@@ -25,7 +25,7 @@ def load_dataset(settings: Settings) -> ImageDataset:
         print(f"There is nothing at {own_path(settings)}: the copy of stage 00 is used.", file=sys.stderr)
         return saved
     official = settings.dataset in known_names()
-    dataset = load_official(settings.dataset, data_root(settings)) if official else load_own_images(settings)
+    dataset = load_named(settings.dataset, data_root(settings)) if official else load_own_images(settings)
     return resize_dataset(dataset, settings.image_size)
 
 
@@ -33,12 +33,12 @@ def fetch_dataset(settings: Settings) -> None:
     """Fetch what is missing of an official data set, with a bar, before any notebook starts. Raises `BadInput`."""
     find_dataset(settings)
     if settings.dataset in known_names() and not is_here(settings.dataset, data_root(settings)):
-        load_official(settings.dataset, data_root(settings))
+        load_named(settings.dataset, data_root(settings))
 
 
 def dataset_facts(settings: Settings) -> DatasetFacts:
     """Counts and classes, without fetching anything: all that a plan needs. Own images are read for it."""
-    return official_facts(settings.dataset) or load_dataset(settings).facts()
+    return named_facts(settings.dataset) or load_dataset(settings).facts()
 
 
 def data_root(settings: Settings) -> Path:

@@ -1,4 +1,4 @@
-"""Official files: downloaded if they are missing, started again if the network breaks off, read only with the right MD5."""
+"""Official files: downloaded if missing, again if the network breaks off, and used only with the right MD5."""
 
 import hashlib
 import http.client

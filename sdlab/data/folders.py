@@ -109,7 +109,7 @@ class Tree:
 
 
 def read_tree(root: Path, patterns: Sequence[str]) -> Tree:
-    """Follows links. Raises `BadInput` for a ring of links, an unreadable folder, and a pattern that matches nothing."""
+    """Follows links. Raises `BadInput` for a ring of links, an unreadable folder, a pattern that matches nothing."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -228,7 +228,7 @@ def check_classes(tree: Tree, paths: Sequence[str]) -> None:
     if len(paths) < 2 or not all(inner) or any(map(tree.has_images, paths)):
         return
     shared = set.intersection(*inner)
-    if len(shared) > 1 or all(names == shared for names in inner) or any(naming.split_of(name)[0] for name in shared):
+    if len(shared) > 1 or any(naming.split_of(name)[0] for name in shared):
         raise BadInput(
             f"{tree.root} has {naming.join_names(paths)}, which hold no images but the same subfolders "
             f"({naming.join_names(sorted(shared))}): splits have to be named train, val and test, outside the classes; "

@@ -16,6 +16,7 @@ from sdlab.errors import BadInput
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 LARGE_IMAGE = 2**24  # pixels from which on images are decoded one at a time: a folder of bombs must not fill the memory
 ONE_LARGE_IMAGE = threading.Lock()
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
 INVISIBLE, NARROW = 16, 64  # of 256 values: a set within so few shows nothing, or little
 
 
@@ -62,8 +63,7 @@ def decode(opened: Image.Image, size: int, bit_depth: int) -> DecodedImage:
     image.load()
     peak = 0
     if image.mode.startswith("I"):  # I;16 and its kin, or I: 32 bits that hold 16
-        values = np.asarray(image)
-        peak, image = int(values.max()), to_8_bits(values, bit_depth)
+        image, peak = to_8_bits(np.asarray(image), bit_depth)
         traits.append(f"has 16-bit pixels, scaled from 0 ... {2**bit_depth - 1} to 0 ... 255")
     rgb = to_rgb(image)
     if rgb.width != rgb.height:
@@ -76,12 +76,13 @@ def decode(opened: Image.Image, size: int, bit_depth: int) -> DecodedImage:
     return DecodedImage(np.asarray(fitted).transpose(2, 0, 1), digest, histogram, tuple(traits), peak)
 
 
-def to_8_bits(values: np.ndarray, bit_depth: int) -> Image.Image:
-    """Raises `ValueError` for pixels beyond 16 bits, whose range is not known."""
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its pixels run from {values.min()} to {values.max()}, beyond 16 bits")
+def to_8_bits(values: np.ndarray, bit_depth: int) -> tuple[Image.Image, int]:
+    """The image of values in 0 ... 2**bit_depth - 1, and the highest. Raises `ValueError` for values beyond 16 bits."""
+    low, peak = int(values.min()), int(values.max())
+    if low < 0 or peak > 65535:
+        raise ValueError(f"its pixels run from {low} to {peak}, beyond 16 bits")
     values = values.astype(np.float32)  # exact up to 2**24, and no multiple of 257 has a half
-    return Image.fromarray(np.round(values / ((2**bit_depth - 1) / 255)).astype(np.uint8))
+    return Image.fromarray(np.round(values / ((2**bit_depth - 1) / 255)).astype(np.uint8)), peak
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -92,11 +93,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def used_bits(peak: float) -> int:
-    """How many bits hold a set's highest value: 8, or those of a camera or scanner."""
-    return next((bits for bits in (8, 10, 12, 14) if peak < 2**bits), 16)
 
 
 def check_range(histogram: np.ndarray, where: object) -> list[str]:

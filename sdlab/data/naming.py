@@ -12,7 +12,7 @@ from sdlab.errors import BadInput, printable
 FILLER = r"(?:data|sub)?sets?|data|images?|imgs?|pictures?|pics?|photos?|samples?|splits?|folders?|dirs?|files?|parts?"
 SPLIT = re.compile(
     rf"(?:{FILLER})*(?:(?P<train>train(?:ing)?|trn)|(?P<val>val(?:id(?:at(?:e|ion))?)?|dev(?:el(?:opment)?)?)"
-    rf"|(?P<test>test(?:ing)?|tst|eval(?:uation)?|holdout))(?:{FILLER})*"
+    rf"|(?P<test>test(?:s|ing)?|tst|eval(?:uation)?|holdout))(?:{FILLER})*"
 )
 # Words of files and folders that accompany images and are no images of the class.
 COMPANION = (

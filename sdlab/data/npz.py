@@ -1,4 +1,4 @@
-"""Arrays of an npz that anybody may have written: nothing is unpickled, and no more is allocated than the file holds."""
+"""Arrays of an npz from anywhere: nothing is unpickled, and no more memory is allocated than the file holds."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ LONGEST_HEADER = 10_000  # bytes of an array's header, numpy's own limit
 
 @contextlib.contextmanager
 def open_npz(path: Path, way_out: str) -> Iterator[zipfile.ZipFile]:
-    """The archive. Whatever a damaged or hostile file makes the block raise becomes a `BadInput` ending in `way_out`."""
+    """The archive. Any error that a damaged or hostile file causes becomes a `BadInput` that ends in `way_out`."""
     try:
         with raise_on_read_error(path), zipfile.ZipFile(path) as archive:
             yield archive

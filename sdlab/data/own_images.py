@@ -12,7 +12,7 @@ import numpy as np
 
 from sdlab.data import naming
 from sdlab.data.folders import Listing, list_folder, lost_class
-from sdlab.data.image_decoding import INVISIBLE, DecodedImage, check_range, read_image, used_bits
+from sdlab.data.image_decoding import BIT_DEPTHS, INVISIBLE, DecodedImage, check_range, read_image
 from sdlab.data.images import Entry, ImageDataset
 from sdlab.data.own_npz import read_npz
 from sdlab.data.saved_images import load_saved, own_path
@@ -58,13 +58,13 @@ def read_images(listing: Listing, origin: str, settings: Settings) -> ImageDatas
     check_readable(listing, pictures, unreadable)
     # One bit depth for the whole set: scaled image by image, equal pixels would come out unequal.
     deep = {entry: picture.peak for entry, picture in pictures.items() if picture.peak}
-    bit_depth = used_bits(max(deep.values())) if deep else 16
+    bit_depth = next(bits for bits in BIT_DEPTHS if max(deep.values(), default=2**15) < 2**bits)
     if bit_depth < 16:
         pictures |= decode_files(listing, [*deep], settings.image_size, bit_depth)[0]
     remarks = [*listing.remarks, *leave_out_masks(listing.folder, pictures)]
+    remarks += check_range(sum(picture.histogram for picture in pictures.values()), listing.folder)
     classes, digests = naming.ordered(e.class_name for e in pictures), [p.digest for p in pictures.values()]
     entries = complete_splits(listing.folder, classes, [*pictures], digests, settings)
-    remarks += check_range(sum(picture.histogram for picture in pictures.values()), listing.folder)
     if unreadable:
         files = [f"{entry.file} ({why})" for entry, why in unreadable.items()]
         remarks.append(f"{len(files)} unreadable files were left out: {naming.join_names(files)}.")
@@ -122,25 +122,25 @@ def leave_out_masks(folder: Path, pictures: dict[Entry, DecodedImage]) -> list[s
 
     Raises `BadInput` for a class of masks: named so, and of few values.
     """
-    groups, namesakes = {}, defaultdict(dict)  # groups: whether all images of a subfolder and format have few values
+    is_flat, namesakes = {}, defaultdict(dict)  # whether all images of a subfolder and format have few values
     for entry, picture in pictures.items():
         path = PurePosixPath(entry.file)
-        group = (*entry[1:], path.parent, path.suffix.lower())
-        groups[group] = groups.get(group, True) and np.count_nonzero(picture.histogram) <= INVISIBLE
-        namesakes[*entry[1:], path.stem][entry] = group
-    flat = {name: all(few for group, few in groups.items() if group[0] == name) for name, *_ in groups}
-    if masks := [name for name in flat if flat[name] and naming.is_companion(name) and not all(flat.values())]:
-        raise BadInput(
-            f"The class `{masks[0]}` of {folder} holds images of a few values only, as masks do: leave it out by the "
-            f"setting `exclude: {masks[0]}`, or rename it."
-        )
-    alike = [group_of for group_of in namesakes.values() if len(group_of) > 1]
-    masks = [
-        e for group_of in alike for e in group_of if groups[group_of[e]] and not all(map(groups.get, group_of.values()))
-    ]
+        group = (entry.class_name, entry.split, path.parent, path.suffix.lower())
+        is_flat[group] = is_flat.get(group, True) and np.count_nonzero(picture.histogram) <= INVISIBLE
+        namesakes[entry.class_name, entry.split, path.stem][entry] = group
+    for name in sorted({name for name, *_ in is_flat if naming.is_companion(name)}):
+        if all(flat for group, flat in is_flat.items() if group[0] == name) and not all(is_flat.values()):
+            raise BadInput(
+                f"The class `{name}` of {folder} holds images of a few values only, as masks do: leave it out by the "
+                f"setting `exclude: {name}`, or rename it."
+            )
+    masks, copies = [], []
+    for group_of in namesakes.values():
+        rich = [entry for entry in group_of if not is_flat[group_of[entry]]]
+        masks += [entry for entry in group_of if rich and entry not in rich]
+        copies += (rich or [*group_of])[1:]
     for entry in masks:
         del pictures[entry]
-    copies = [entry for group_of in alike for entry in [e for e in group_of if e in pictures][1:]]
     remarks = {"were left out as masks: they have few values, and the name of another": masks,
                "have the name of another: if they are copies, leave them out by `exclude`": copies}  # fmt: skip
     return [f"{len(e)} images {why}: {naming.join_names(file for file, *_ in e)}." for why, e in remarks.items() if e]

@@ -1,4 +1,4 @@
-"""An npz of your own, named as MedMNIST, Keras or most people do. Another one is refused with the numpy that mends it."""
+"""An npz of your own, named as in MedMNIST or Keras. Any other is refused with the line of numpy that mends it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sdlab.data import naming
-from sdlab.data.image_decoding import INVISIBLE
+from sdlab.data.image_decoding import BIT_DEPTHS, INVISIBLE
 from sdlab.data.images import Entry, to_nchw
 from sdlab.data.npz import array_names, read_arrays
 from sdlab.errors import BadInput, first_words, printable
@@ -17,15 +17,7 @@ LAYOUT = (
 )
 KINDS = dict.fromkeys(("images", "image", "x", "imgs", "img", "pixels"), "images")
 KINDS |= dict.fromkeys(("labels", "label", "y", "targets", "target"), "labels")
-RANGES = (
-    (0.0, 1.0),
-    (-1.0, 1.0),
-    (0.0, 255.0),
-    (0.0, 1023.0),
-    (0.0, 4095.0),
-    (0.0, 16383.0),
-    (0.0, 65535.0),
-)  # of pixels
+RANGES = ((0.0, 1.0), (-1.0, 1.0), *((0.0, 2.0**bits - 1) for bits in BIT_DEPTHS))  # that pixels are usually given in
 CLASS_NAMES = "class_names"  # in the order of the labels, if there is one
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdlab.data.image_decoding import BIT_DEPTHS
 from sdlab.data.images import Entry, ImageDataset
 from sdlab.data.npz import read_arrays
 from sdlab.errors import BadInput
@@ -65,7 +66,7 @@ def load_saved(settings: Settings, origin: str | None = None) -> ImageDataset | 
             return None
         saved, size = read_arrays(path, ["images", "files", "examples"], way_out), settings.image_size
         examples = saved["examples"]
-        if saved["images"].shape != (len(saved["files"]), 3, size, size) or about["bit_depth"] not in range(8, 17):
+        if saved["images"].shape != (len(saved["files"]), 3, size, size) or about["bit_depth"] not in BIT_DEPTHS:
             raise ValueError("other arrays than were written")
         about["remarks"] = tuple(about["remarks"])
         entries = [Entry(*map(str, row)) for row in saved["files"]]

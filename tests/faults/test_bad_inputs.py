@@ -249,7 +249,7 @@ FOLDERS = [
     folder("one class", r"mine has readable images of one class only \(`cat`\): a classifier needs two", lambda f: write_folder(f, 9, ("cat",))),
     folder("an empty class", r"mine has readable images of one class only .*: a classifier needs two", lambda f: (write_folder(f, 9, ("cat",)) / "dog").mkdir()),
     folder("one image a class", r"class `cat` of .*mine has 1 different .*: at least 3 are needed", lambda f: write_folder(f, 1)),
-    folder("equal images", r"class `cat` of .*mine has 1 different .*: at least 3", all_images(lambda p: Image.new("RGB", (9, 9)).save(p))),
+    folder("equal images", r"class `cat` of .*mine has 1 different .*: at least 3", all_images(lambda p: Image.linear_gradient("L").save(p))),
     folder("classes and splits", r"mine has train, read as splits, and next to them cat, dog, .*: rename what is misunderstood, or leave out .*`exclude: cat`", mixed),
     folder("two validation splits", r"mine has val, valid, of which two name the same split: put their images into one", lambda f: (write_folder(f, 6, split="val"), write_folder(f, 6, split="valid"))),
     folder("no train", r"mine has images in test, but none in train: add some", lambda f: write_folder(f, 6, split="test")),

@@ -1,4 +1,4 @@
-"""Data sets by name: CIFAR through torchvision, MedMNIST through medmnist's own table of files, scikit-learn's digits."""
+"""Data sets by name: CIFAR through torchvision, MedMNIST by medmnist's table of files, scikit-learn's digits."""
 
 import functools
 import importlib.util
@@ -21,9 +21,9 @@ SPLITS = ("train", "val", "test")
 
 
 def digits() -> ImageDataset:
-    """scikit-learn's digits: 1,797 scans of handwritten digits, 8 x 8 pixels of 17 greys (UCI, Alpaydin and Kaynak 1998).
+    """1,797 scans of handwritten digits, 8 x 8 pixels of 17 greys (UCI, Alpaydin and Kaynak 1998).
 
-    Splits are fixed and stratified: 1000 train, 297 val, 500 test.
+    The splits are fixed and stratified: 1000 train, 297 val, 500 test.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -60,7 +60,8 @@ def cifar(name: str, data_root: Path, kind: Any = None, validation: int = 10_000
     images, labels = to_nchw(train.data), np.array(train.targets, np.int64)
     return ImageDataset(
         name,
-        f"torchvision {CIFAR[name]} ({kind.url}), {len(labels) - validation:,} of {len(labels):,} training images, the rest for validation",
+        f"torchvision {CIFAR[name]} ({kind.url}), {len(labels) - validation:,} of {len(labels):,} training images, the rest "
+        "for validation",
         tuple(train.classes),
         Split(images[:-validation], labels[:-validation]),
         Split(images[-validation:], labels[-validation:]),
@@ -95,7 +96,7 @@ def medmnist_table() -> dict[str, dict]:
 
 
 def medmnist(name: str, data_root: Path, table: dict | None = None) -> ImageDataset:
-    """A MedMNIST set at 28 pixels with its own splits. Raises `BadInput` for a file that is missing or not the official one."""
+    """A MedMNIST set at 28 pixels with its own splits. Raises `BadInput` for any file but the official one."""
     info, path = (table or medmnist_table())[name], data_root / f"{name}.npz"
     fetch(info["url"], path, info["MD5"], name)
     arrays = read_arrays(path, [f"{s}_{kind}" for s in SPLITS for kind in ("images", "labels")], "move it away")
@@ -113,7 +114,7 @@ def known_names() -> list[str]:
     return ["digits", *CIFAR, *medmnist_table()]
 
 
-def load_official(name: str, data_root: Path) -> ImageDataset:
+def load_named(name: str, data_root: Path) -> ImageDataset:
     """One of the known data sets, at its own size; fetched if it is missing. Raises `BadInput`."""
     if name == "digits":
         return digits()
@@ -125,7 +126,7 @@ def is_here(name: str, data_root: Path) -> bool:
     return name == "digits" or (data_root / CIFAR_FOLDERS.get(name, f"{name}.npz")).exists()
 
 
-def official_facts(name: str) -> DatasetFacts | None:
+def named_facts(name: str) -> DatasetFacts | None:
     """The published counts of a data set that may not be here yet; None for digits and one's own images."""
     if info := medmnist_table().get(name):
         return DatasetFacts(*(info["n_samples"][s] for s in SPLITS), len(info["label"]), 28)
