@@ -6,8 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from make_data import image_decoding as pictures
-from make_data import write_folder
+from make_data import pictures, write_folder
 from PIL import Image
 
 from sdlab.data.datasets import dataset_facts, load_dataset

@@ -32,7 +32,7 @@ from PIL import Image, features
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_run import KEY, write_run
-from make_data import image_decoding as pictures
+from make_data import pictures
 
 from sdlab.base_models import load_base_model
 from sdlab.data.image_decoding import read_image
