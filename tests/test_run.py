@@ -14,14 +14,7 @@ import pytest
 import torch
 
 from sdlab.errors import BadInput
-from sdlab.runs.files import (
-    atomic_write,
-    file_lock,
-    files_below,
-    partial_writes,
-    remove_partial_writes,
-    write_json,
-)
+from sdlab.runs.files import atomic_write, file_lock, files_below, partial_writes, remove_partial_writes, write_json
 from sdlab.runs.locks import Lock
 from sdlab.runs.records import (
     STAGES,

@@ -44,6 +44,7 @@ from sdlab.settings import Settings
 
 # Results that name a set, by their stage.
 SETS_OF = {"01": "after_1", "02": "after_2", "03": "after_3", "04": "after_4", "05": "scaling"}
+TRAININGS = {"class_encoder": "01", "unet": "03"}  # folder -> stage
 ALTERED = "its content is not what was written"
 
 
@@ -70,6 +71,7 @@ class Repair:
 
     action: Action
     target: str = ""
+    stage: str = ""  # of REPAIR: the number of the stage that makes `target`; empty for a set's shards
 
     def sentence(self, experiment: str) -> str:
         """The command or advice; `experiment` as the command line names it."""
@@ -104,7 +106,7 @@ def verify(settings: Settings, on_read: Callable[[int], Any] = lambda _: None) -
         check_stage_files(checks, number, record)
     for number in STAGES:
         check_executed_copy(checks, number)
-    for part in ("class_encoder", "unet"):
+    for part in TRAININGS:
         check_checkpoints(checks, part)
     for synthetic_set in sorted((folder / "synthetic").glob("*")):
         check_set(checks, synthetic_set)
@@ -131,31 +133,32 @@ class Checks:
     def name(self, path: Path | str) -> str:
         return path if isinstance(path, str) else path.relative_to(self.folder).as_posix()
 
-    def add(self, path: Path | str, state: FindingState, why: str, repair: Repair | None = None) -> None:
+    def add(self, path: Path | str, state: FindingState, why: str, repair: Repair | str = "") -> None:
+        """`repair` may be the number of the stage that makes the file."""
         name = self.name(path)
         self.seen[name] = False
-        self.findings.append(Finding(name, state, why, repair or repair_of(name)))
+        self.findings.append(
+            Finding(name, state, why, repair if isinstance(repair, Repair) else repair_of(name, repair))
+        )
 
-    def compare(
-        self, path: Path, sha256: str, missing: str, size: int | None = None, repair: Repair | None = None
-    ) -> None:
+    def compare(self, path: Path, sha256: str, missing: str, size: int | None = None, stage: str = "") -> None:
         """A file with its recorded hash and size. One that grows (`.jsonl`) has to begin with the recorded bytes."""
         if not path.is_file():
-            self.add(path, FindingState.MISSING, missing, repair)
+            self.add(path, FindingState.MISSING, missing, stage)
             return
         present = path.stat().st_size
         size = present if size is None else size
         self.on_read(present)
         if present != size and not (path.suffix == ".jsonl" and present > size):
-            self.add(path, FindingState.DAMAGED, f"{present} bytes instead of {size}", repair)
+            self.add(path, FindingState.DAMAGED, f"{present} bytes instead of {size}", stage)
         elif (sha256_of_file(path) if present == size else sha256_of_bytes(path.read_bytes()[:size])) != sha256:
-            self.add(path, FindingState.DAMAGED, ALTERED, repair)
+            self.add(path, FindingState.DAMAGED, ALTERED, stage)
         else:
             self.seen.setdefault(self.name(path), True)
 
 
-def repair_of(name: str) -> Repair:
-    """What makes a file again; of a training's, all of them together."""
+def repair_of(name: str, stage: str) -> Repair:
+    """The repair of a file that a stage makes; a training's files are made all together."""
     part = name.partition("/")[0]
     if name == "settings.yaml":
         return Repair(Action.NOTHING, "the next stage writes it when it begins")
@@ -163,7 +166,7 @@ def repair_of(name: str) -> Repair:
         return Repair(Action.NOTHING, "people look at it, no stage reads it")
     if name == "test_readings.jsonl":
         return Repair(Action.RESTORE_COPY)
-    return Repair(Action.REPAIR, part if part in ("class_encoder", "unet") else name)
+    return Repair(Action.REPAIR, part if part in TRAININGS else name, TRAININGS.get(part, stage))
 
 
 def read_records(checks: Checks) -> dict[str, StageRecord]:
@@ -177,13 +180,13 @@ def read_records(checks: Checks) -> dict[str, StageRecord]:
         except OlderRun:
             raise
         except BadInput:
-            checks.add(name, FindingState.DAMAGED, ALTERED)
+            checks.add(name, FindingState.DAMAGED, ALTERED, number)
             continue
         if record is not None:
             records[number], checks.seen[name] = record, True
         elif files := [path for part in WRITES[number] for path in checks.folder.glob(part)]:  # a record comes first
             why = f"{checks.name(files[0])} exists, which {stage.stem} wrote"
-            checks.add(name, FindingState.MISSING, why)
+            checks.add(name, FindingState.MISSING, why, number)
     return records
 
 
@@ -193,7 +196,7 @@ def check_stage_files(checks: Checks, number: str, record: StageRecord) -> None:
     latest = max(checks.records, key=lambda n: checks.records[n].opened_at)
     for path, entry in [*record.outputs.items(), *record.side_outputs.items()]:
         if path != "settings.yaml" or number == latest:  # each stage writes it when it begins
-            checks.compare(checks.folder / path, entry.sha256, f"{stem} wrote it", entry.bytes)
+            checks.compare(checks.folder / path, entry.sha256, f"{stem} wrote it", entry.bytes, number)
     changes = settings_differences(checks.settings, number, record)
     if changes and not is_search_extended(number, changes):
         why = f"{stem} was made with other settings: {describe_changes(changes)}"
@@ -201,7 +204,7 @@ def check_stage_files(checks: Checks, number: str, record: StageRecord) -> None:
     for upstream in STAGES[number].upstream:
         path, before = f"records/{upstream}.json", checks.records.get(upstream)
         if before is None and not (checks.folder / path).exists() and path not in checks.seen:
-            checks.add(path, FindingState.MISSING, f"{stem} was made from it")
+            checks.add(path, FindingState.MISSING, f"{stem} was made from it", upstream)
         elif before and before.finished and record_digest(before) != record.upstream.get(upstream):
             why = f"{STAGES[upstream].stem} was made again since {stem} was"
             checks.add(name, FindingState.STALE, why, redo)
@@ -212,7 +215,7 @@ def check_executed_copy(checks: Checks, number: str) -> None:
     path = checks.folder / "records" / f"{number}.notebook.json"
     if not path.exists():
         if (checks.folder / copy).exists():  # else it was run by hand
-            checks.add(path, FindingState.MISSING, f"it has the hash of {copy}")
+            checks.add(path, FindingState.MISSING, f"it has the hash of {copy}", number)
             checks.seen.setdefault(copy, True)
         return
     try:
@@ -221,10 +224,10 @@ def check_executed_copy(checks: Checks, number: str) -> None:
             raise BadInput("of another notebook")
         entry = FileHash.from_json(content[copy], path)
     except BadInput:
-        checks.add(path, FindingState.DAMAGED, ALTERED)
+        checks.add(path, FindingState.DAMAGED, ALTERED, number)
         return
     checks.seen[checks.name(path)] = True
-    checks.compare(checks.folder / copy, entry.sha256, f"{STAGES[number].stem} wrote it", entry.bytes)
+    checks.compare(checks.folder / copy, entry.sha256, f"{STAGES[number].stem} wrote it", entry.bytes, number)
 
 
 def check_checkpoints(checks: Checks, part: str) -> None:
@@ -291,7 +294,7 @@ def check_search(checks: Checks, search: str) -> None:
         return  # a server, a file elsewhere, or nothing to compare with
     repair = Repair(Action.NOTHING, "its results are in metrics/; `sdlab dashboard` needs a copy of it back")
     if not file.is_file():
-        checks.add(file, FindingState.MISSING, "the dashboard shows it; its results are in metrics/", repair)
+        checks.add(file, FindingState.MISSING, "the dashboard shows it", repair)
         return
     checks.on_read(file.stat().st_size)
     checks.seen.setdefault(checks.name(file), True)

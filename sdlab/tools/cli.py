@@ -4,6 +4,7 @@ Slow imports (torch, pandas, optuna, sqlalchemy) stay inside the commands that n
 """
 
 import errno
+import functools
 import os
 import shlex
 import shutil
@@ -75,46 +76,36 @@ def cli(debug: bool) -> None:
     """
 
 
-def settings_of_file(experiment: str, on_top: dict[str, Any]) -> Settings:
-    return Settings.from_file(parameter_file(experiment), **on_top)
-
-
-def settings_of_folder(experiment: str, on_top: dict[str, Any]) -> Settings:
-    """The settings of an experiment's folder, wherever it was moved to, or of a parameter file. Raises `BadInput`."""
-    if not os.path.isdir(experiment):  # noqa: PTH112 (Path.is_dir raises for a long name)
-        return settings_of_file(experiment, on_top)
+def read_settings(experiment: str, on_top: dict[str, Any], folders: bool) -> Settings:
+    """Settings of a parameter file, or with `folders` of an experiment's folder, wherever it was moved to."""
+    if not (folders and os.path.isdir(experiment)):  # noqa: PTH112 (Path.is_dir raises for a long name)
+        return Settings.from_file(parameter_file(experiment), **on_top)
     folder = Path(experiment).resolve()
     if not (folder / "settings.yaml").is_file():
         raise BadInput(
-            f"{experiment} is no experiment's folder: it has no settings.yaml: give one of those in runs/, or an experiment's name."
+            f"{experiment} is no experiment's folder: it has no settings.yaml: give one of those in runs/, or a name."
         )
     where = dict(runs_root=str(folder.parent), experiment=folder.name)
     return Settings.from_mapping(read_parameters(folder / "settings.yaml") | on_top | where)
 
 
-def takes_settings(read: Callable[[str, dict[str, Any]], Settings]) -> Callable:
-    """A decorator: the argument EXPERIMENT and the option -p, as `settings`."""
+def with_settings(command: Callable, folders: bool = False) -> Callable:
+    """The argument EXPERIMENT and the option -p, as `settings`."""
 
-    def decorate(command: Callable) -> Callable:
-        @click.argument("experiment")
-        @click.option(
-            "-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top."
-        )
-        @click.pass_context
-        def wrapped(ctx, experiment, given, **kwargs):
-            settings = read(experiment, {name: parse(name, value) for name, value in given})
-            ctx.meta["words"] = [experiment, *(word for pair in given for word in ("-p", *pair))]
-            return ctx.invoke(command, settings=settings, **kwargs)
+    @click.argument("experiment")
+    @click.option(
+        "-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top."
+    )
+    @click.pass_context
+    def wrapped(ctx, experiment, given, **kwargs):
+        settings = read_settings(experiment, {name: parse(name, value) for name, value in given}, folders)
+        ctx.meta["words"] = [experiment, *(word for pair in given for word in ("-p", *pair))]
+        return ctx.invoke(command, settings=settings, **kwargs)
 
-        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-        # click reads them from the last to the first: EXPERIMENT comes before a command's own arguments.
-        wrapped.__click_params__ = getattr(command, "__click_params__", []) + getattr(wrapped, "__click_params__", [])
-        return wrapped
-
-    return decorate
-
-
-with_settings, with_settings_or_folder = takes_settings(settings_of_file), takes_settings(settings_of_folder)
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    # click reads them from the last to the first: EXPERIMENT comes before a command's own arguments.
+    wrapped.__click_params__ = getattr(command, "__click_params__", []) + getattr(wrapped, "__click_params__", [])
+    return wrapped
 
 
 def parse(name: str, value: str) -> Any:
@@ -258,7 +249,7 @@ def status(settings: Settings) -> None:
 
 
 @cli.command("verify")
-@with_settings_or_folder
+@functools.partial(with_settings, folders=True)
 def verify_run(settings: Settings) -> None:
     """Check every file of an experiment against its hash and what it was made from. EXPERIMENT may be its folder too.
 

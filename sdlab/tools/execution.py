@@ -203,7 +203,7 @@ class Watcher(threading.Thread):
 
     def read(self) -> dict:
         """The progress; empty if there is none yet, or an earlier run's."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             progress = json.loads(self.path.read_text(encoding="utf-8"))
             return progress if progress["time"] >= self.started else {}
         return {}

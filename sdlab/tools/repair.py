@@ -1,7 +1,6 @@
 """Making damaged files again (`sdlab repair`) and stages again (`sdlab run --redo`); nothing is deleted."""
 
-import contextlib
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import click
 
@@ -10,7 +9,7 @@ from sdlab.paths import relative_to_project
 from sdlab.runs.aside import files_of_stages, move_aside, new_aside_folder
 from sdlab.runs.files import is_inside
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import SEARCHES, STAGES, Stage, downstream_stages, read_record
+from sdlab.runs.records import SEARCHES, STAGES, downstream_stages
 from sdlab.runs.run import Experiment
 from sdlab.runs.verify import Action, verify
 from sdlab.settings import Settings
@@ -55,39 +54,20 @@ def repair(settings: Settings, path: str, experiment: str) -> str:
     target = finding.repair.target  # of a training's file, the whole training
     existed = (folder / target).exists()
     with exclusive_command(settings, "sdlab repair"):
-        make_again(settings, folder / target)
+        lock = Lock(folder / ".lock", folder, "sdlab repair")
+        if existed:
+            move_aside(folder, [folder / target], new_aside_folder(folder))
+        lock.release()
+        if finding.repair.stage:
+            execute_notebook(settings, STAGES[finding.repair.stage])
+        else:
+            from sdlab.base_models import load_base_model  # torch and diffusers are slow to import
+            from sdlab.data.datasets import load_dataset
+            from sdlab.generation import regenerate_shards
+
+            run = Experiment(settings, load_dataset(settings), load_base_model(settings))
+            regenerate_shards(run, PurePosixPath(target).parts[1])
     what = f"{target} was moved to {relative_to_project(folder)}/aside/" if existed else f"{target} did not exist"
     if any(f.path == target or f.path.startswith(f"{target}/") for f in verify(settings)[0]):
         raise BadInput(f"{what}, and the new one differs from it: device, threads or versions differ.")
     return f"{what}; it was made again, with the same content."
-
-
-def make_again(settings: Settings, path: Path) -> None:
-    folder, name = settings.run_folder, path.relative_to(settings.run_folder).as_posix()
-    lock, stage = Lock(folder / ".lock", folder, "sdlab repair"), stage_that_writes(settings, name)
-    if path.exists():
-        move_aside(folder, [path], new_aside_folder(folder))
-    lock.release()
-    if name.startswith("synthetic/"):
-        from sdlab.base_models import load_base_model  # torch and diffusers are slow to import
-        from sdlab.data.datasets import load_dataset
-        from sdlab.generation import regenerate_shards
-
-        experiment = Experiment(settings, load_dataset(settings), load_base_model(settings))
-        regenerate_shards(experiment, PurePosixPath(name).parts[1])
-    elif stage is not None:
-        execute_notebook(settings, stage)
-
-
-def stage_that_writes(settings: Settings, name: str) -> Stage | None:
-    """The stage whose record has a file or folder."""
-    if name.startswith("records/"):
-        return STAGES.get(name[8:10])
-    for number, stage in STAGES.items():
-        record = None
-        with contextlib.suppress(BadInput):
-            record = read_record(settings, number)
-        names = [*record.outputs, *record.side_outputs, f"notebooks/{stage.stem}.ipynb"] if record else []
-        if any(known == name or known.startswith(f"{name}/") for known in names):
-            return stage
-    return None

@@ -11,15 +11,7 @@ from safetensors.numpy import save_file
 
 from sdlab.runs.checkpoints import checkpoint_sha
 from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
-from sdlab.runs.records import (
-    STAGES,
-    FileHash,
-    StageRecord,
-    read_record,
-    record_digest,
-    record_notebook,
-    write_record,
-)
+from sdlab.runs.records import STAGES, FileHash, StageRecord, read_record, record_digest, record_notebook, write_record
 from sdlab.runs.resume import state_digest
 from sdlab.runs.shards import shard_path
 from sdlab.settings import Settings

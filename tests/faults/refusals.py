@@ -65,9 +65,9 @@ def what_is_wrong(folder: Path, file: Path, stage: str, ended: dict, number: int
         wrong.append(ended["crash"][-600:] or f"said: {ended['said']}")
     index = NUMBERS.index(stage)
     if index:
-        stage = folder / f"after_{NUMBERS[index - 1]}" / "smoke"
-        for path in (p for p in stage.rglob("*") if p.is_file()):
-            name = path.relative_to(stage).as_posix()
+        upstream = folder / f"after_{NUMBERS[index - 1]}" / "smoke"
+        for path in (p for p in upstream.rglob("*") if p.is_file()):
+            name = path.relative_to(upstream).as_posix()
             if not name.startswith(GROWING) and (
                 not (run / name).exists() or (run / name).read_bytes() != path.read_bytes()
             ):

@@ -49,7 +49,7 @@ def trials(database, study="smoke-search_1"):
         return []
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until
