@@ -90,7 +90,7 @@ def test_both_ways_of_training_classifiers_learn(settings, data):
         (dict(images=0), "`images` is 0: allowed is at least 10"),
         (dict(parts="unet speed"), "`parts` is 'unet speed': allowed are some of `generation scaling"),
         (dict(parts=""), "`parts` is '': allowed are some of"),
-        (dict(repetition=3), "did you mean `repetitions`"),
+        (dict(repetition=3), "Did you mean `repetitions`"),
     ],
 )
 def test_bad_settings_are_refused(settings, wrong, sentence):

@@ -82,6 +82,7 @@ def test_an_npz_has_medmnists_layout(finished, tmp_path):
     export_set(finished, tmp_path / "set.npz", 25)
     with np.load(tmp_path / "set.npz", allow_pickle=False) as kept:
         assert np.array_equal(kept["train_images"].transpose(0, 3, 1, 2), pool_images(finished)[:25])
+        assert kept["class_names"].tolist() == list(CLASSES)
         assert kept["train_labels"].shape == (25, 1) and list(kept["train_labels"][:, 0]) == [i % 3 for i in range(25)]
         assert json.loads(str(kept["about"]))["images"] == 25
 

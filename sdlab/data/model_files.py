@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from sdlab.errors import BadInput, brief, first_line
-from sdlab.paths import project_path
+from sdlab.paths import is_file, project_path
 from sdlab.runs.files import sha256_of_file
 from sdlab.settings import Settings
 
@@ -43,7 +43,7 @@ def local_folder(name: str) -> Path | None:
     if not folder.is_dir():
         return None
     snapshots = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
-    if (folder / CONFIGS[0]).exists() or not snapshots:
+    if is_file(folder / CONFIGS[0]) or not snapshots:
         return folder
     if len(snapshots) > 1:
         raise BadInput(

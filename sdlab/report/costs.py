@@ -82,6 +82,7 @@ def plan_sentences(plan: Mapping) -> list[str]:
     return [
         f"{plan['experiment']} on {plan['device']}: {plan['training_images']:,} training images of {plan['classes']} classes, base "
         f"model {plan['base_model']} (UNet of {plan['unet_parameters']:,} parameters){weights}.",
+        *plan.get("remarks", ()),
         "Time: inference steps (IS) in the middle of their range, and trials pruned as the search's pruner prunes random ones; at "
         "most: the highest IS, no pruning. Classifiers run to their last epoch. Starting a notebook (some seconds) is not counted.",
         f"Disk: {format_gigabytes(plan['disk_peak_gb'])} at the peak, while a new resume state is written before the old one "

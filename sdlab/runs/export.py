@@ -113,7 +113,8 @@ def write_npz(target: Path, shards: Shards, about: dict, on_progress: Callable[[
                 member.write(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).tobytes())
                 all_labels.append(labels)
                 on_progress(len(labels))
-        arrays = dict(train_labels=np.concatenate(all_labels)[:, None], about=np.array(json.dumps(about)))
+        arrays = dict(train_labels=np.concatenate(all_labels)[:, None], class_names=np.array(about["classes"]))
+        arrays["about"] = np.array(json.dumps(about))
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)

@@ -187,6 +187,7 @@ def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = 
         base_model_is_here=here,
         device=costs.device,
         training_images=facts.train,
+        remarks=list(facts.remarks),
         classes=facts.num_classes,
         unet_parameters=costs.unet_parameters,
         rows=rows,

@@ -63,7 +63,7 @@ def test_nothing_unpickles_or_runs_what_it_reads():
                 harmless = name == "pretrain_tiny.py" and keywords.get("weights_only") == "True"
                 assert text not in ("torch.load", "torch.hub.load") or harmless, (name, node.lineno)
                 assert text != "yaml.load" or any(
-                    k.arg == "Loader" and ast.unparse(k.value) == "Flat" for k in node.keywords
+                    k.arg == "Loader" and ast.unparse(k.value) == "ParameterLoader" for k in node.keywords
                 )
                 for keyword in node.keywords:
                     if keyword.arg in UNSAFE_KEYWORDS:
@@ -74,9 +74,9 @@ def test_nothing_unpickles_or_runs_what_it_reads():
 def test_parameters_are_read_by_a_loader_that_makes_plain_values_only():
     import yaml
 
-    from sdlab.runs.parameters import Flat
+    from sdlab.runs.parameters import ParameterLoader
 
-    assert issubclass(Flat, yaml.SafeLoader)
+    assert issubclass(ParameterLoader, yaml.SafeLoader)
 
 
 @pytest.fixture

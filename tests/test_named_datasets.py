@@ -11,7 +11,8 @@ import pytest
 import torchvision.datasets
 from make_data import md5, write_cifar, write_medmnist
 
-from sdlab.data import downloads, official
+from sdlab.data import downloads
+from sdlab.data import named_datasets as official
 from sdlab.data.datasets import load_dataset
 from sdlab.data.downloads import fetch
 from sdlab.data.images import DatasetFacts
