@@ -27,6 +27,7 @@ from sdlab.runs.run import Run
 from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.runs.studies import open_study, rename_study
 from sdlab.runs.verify import verify
+from sdlab.search import new_pruner
 from sdlab.settings import Settings, parameter_file
 from sdlab.tools import cli as cli_module
 from sdlab.tools import execution
@@ -107,7 +108,7 @@ def test_a_relative_storage_is_the_same_for_run_redo_dashboard_and_verify(settin
     check_storage(settings)  # before there is a folder
     finish_stages(settings, "01")
     run = Run(settings, "02_first_search")
-    study = open_study(settings, "search_1")
+    study = open_study(settings, "search_1", new_pruner(settings))
     study.tell(study.ask(), 0.5)
     trial = dict(number=0, state="complete", params={}, intermediate={}, value=0.5)
     run.save_metrics("search_1", dict(study=study.study_name, trials=[trial]))
@@ -124,7 +125,7 @@ def test_a_relative_storage_is_the_same_for_run_redo_dashboard_and_verify(settin
     assert invoke("dashboard", file, "-p", "storage", settings.storage).exit_code == 0
     assert executed[1] == f"sqlite:///{database}"
     rename_study(settings, "search_1", "aside")
-    assert open_study(settings, "search_1").trials == []
+    assert open_study(settings, "search_1", new_pruner(settings)).trials == []
     assert [path for place in ("here", "there") for path in (tmp_path / place).iterdir()] == []
 
 
