@@ -2,9 +2,13 @@
 
 import ast
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -188,3 +192,28 @@ def test_executed_reports_hold_results_and_no_errors():
         outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
         assert outputs and not [o for o in outputs if o["output_type"] == "error"], path
         assert not [o for o in outputs if o.get("name") == "stderr"], path
+
+
+def test_the_wheel_holds_every_module(tmp_path):
+    """Subpackages and data files are found: every module imports from the wheel, outside the repository."""
+    source = tmp_path / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "sdlab"):
+        path = PROJECT_ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            source.mkdir(exist_ok=True)
+            shutil.copy(path, source / name)
+    build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    modules = [f"sdlab.{name}" for name in ORDER]
+    code = f"import importlib, sdlab; [importlib.import_module(m) for m in {modules}]; print(sdlab.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.startswith(str(tmp_path / "installed"))
+    assert (tmp_path / "installed/sdlab/tiny/unet/config.json").is_file()
