@@ -18,7 +18,7 @@ ABOVE = dict(loc="outside upper center", ncols=2, frameon=False, fontsize=8)  # 
 
 def save_figure(figure: Figure, path: Path) -> Path:
     with atomic_write(path) as part:
-        figure.savefig(part, dpi=150, format=path.suffix[1:])
+        figure.savefig(part, dpi=150, format=path.suffix[1:], bbox_inches="tight")
     return path
 
 

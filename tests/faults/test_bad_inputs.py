@@ -676,6 +676,17 @@ ROWS = [*PARAMETERS, *YAML, *FOLDERS, *IMAGES, *NPZ, *BASE, *STORAGE, *ARGUMENTS
 # -------------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """The slow imports of the first row of each kind, which say nothing about that row."""
+    import diffusers
+
+    import sdlab.search
+    import sdlab.tools.planning  # noqa: F401
+
+    _ = diffusers.AutoencoderKL, diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # loaded when named
+
+
 @pytest.fixture
 def world(tmp_path, base_folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("SDLAB_PROGRESS_FILE_ONLY", "1")
