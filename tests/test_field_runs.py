@@ -248,7 +248,7 @@ def test_a_data_set_that_was_moved_is_the_same(own, tmp_path):
     assert states(moved) == [State.DONE] * 8 and verify(moved)[0] == []
     assert Run(moved, "01_class_encoder", load_dataset(moved)).finished
     (next((tmp_path / "copied").rglob("*.png"))).unlink()
-    other = dataclasses.replace(moved, num_threads=2)  # asked anew, as by another process
+    other = dataclasses.replace(moved, num_threads=2)  # asked again, as by another process
     assert states(other) == [State.STALE] * 8 and "dataset" in stage_state(other, "00").why
 
 

@@ -83,7 +83,7 @@ def find_companions(path: str, images: Sequence[str]) -> set[str]:
     return {file for file in named if stems & naming.plain_stems(below[file].stem)}
 
 
-# ---------------------------------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------------------------------- reading the tree
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def verify_run(settings: Settings) -> None:
 def repair_file(settings: Settings, path: str) -> None:
     """Make one file or folder of an experiment again, the same bytes; PATH is as `sdlab verify` names it.
 
-    What is there is moved to aside/ first, never deleted.
+    The existing files are moved to aside/ first, never deleted.
     """
     from sdlab.tools.repair import repair
 
@@ -286,9 +286,9 @@ def repair_file(settings: Settings, path: str) -> None:
 
 @cli.command()
 @with_settings
-@click.option("--again", is_flag=True, help="Time anew, even where the first notebook kept a plan.")
+@click.option("--again", is_flag=True, help="Time again, even if the first notebook saved a plan.")
 def plan(settings: Settings, again: bool) -> None:
-    """What the experiment will cost here: time, disk and memory of each notebook; what finished ones took beside it.
+    """The costs of the experiment here: time, disk and memory of each notebook, and the measured costs of finished ones.
 
     Times a few real steps, and fetches nothing.
     """
@@ -304,7 +304,7 @@ def plan(settings: Settings, again: bool) -> None:
 
         made = make_plan(settings, facts)
     else:
-        click.echo("The plan that the first notebook made (--again times anew):\n")
+        click.echo("The plan that the first notebook made (--again times it again):\n")
     first, *sentences = plan_sentences(made)
     click.echo(f"{first}\n")
     click.echo(plan_table(made, took).set_index("notebook").rename_axis(None).to_string())

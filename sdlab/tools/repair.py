@@ -35,7 +35,7 @@ def move_stages_aside(settings: Settings, number: str) -> None:
 
 
 def repair(settings: Settings, path: str, experiment: str) -> str:
-    """Make a file or folder again that `verify` names, moving what is there to aside/. Returns a sentence.
+    """Make a file or folder again that `verify` names, moving the existing one to aside/. Returns a sentence.
 
     `experiment` is its name on the command line. Raises `BadInput` if nothing is wrong with `path`, if no repair mends
     it, and if the result differs from what was there.
