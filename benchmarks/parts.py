@@ -26,14 +26,14 @@ from comparison import BenchmarkSettings, synchronize, time_in_turn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdlab.base_models import BaseModel, load_base_model, load_without_weights
+from sdlab.base_models import BaseModel, load_base_model
 from sdlab.classifier import ClassifierRecipe, ResNet20
 from sdlab.data.images import ImageDataset
 from sdlab.data.model_files import is_available_locally
 from sdlab.data.pixels import to_model, to_uint8
 from sdlab.errors import BadInput
 from sdlab.evaluation import train_and_score_classifiers
-from sdlab.generation import GenerationPlan, generate, uniform_labels
+from sdlab.generation import GenerationPlan, generate
 from sdlab.latents import encode_images
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.run import Experiment
@@ -41,6 +41,7 @@ from sdlab.sampling_config import prepare_unet
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
+from sdlab.tools.measuring import load_without_weights
 from sdlab.training import TrainingPlan, train
 
 SILENT = functools.partial(tqdm, disable=True)
@@ -88,7 +89,7 @@ class Generation:
     """
 
     def __init__(self, base: BaseModel, settings: BenchmarkSettings, num_classes: int):
-        from sdlab.pipeline import ClassConditionalStableDiffusionPipeline  # diffusers is slow to import
+        from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline  # diffusers is slow to import
 
         encoder = new_class_encoder(base, settings, num_classes)
         torch.nn.init.normal_(encoder.linear_in.bias)  # a trained null condition is not zero
@@ -101,7 +102,7 @@ class Generation:
         self.plan = GenerationPlan(
             weights="benchmark", scheduler=settings.scheduler, num_inference_steps=settings.default_num_inference_steps,
             guidance_scale=settings.default_guidance_scale, guidance_interval=(0.0, 1.0),
-            labels=uniform_labels(num_classes), seed=0, base_size=settings.base_image_size,
+            labels=tuple(range(num_classes)), seed=0, base_size=settings.base_image_size,
             image_size=settings.base_image_size, shard_size=settings.shard_size,
         )  # fmt: skip
         self.name = (

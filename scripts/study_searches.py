@@ -33,11 +33,12 @@ from sdlab.evaluation import load_optimum, train_and_score_classifiers
 from sdlab.generation import generate_images, plan_generation
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import write_json
+from sdlab.runs.parameters import parameter_file
 from sdlab.runs.run import Run
 from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.search import new_pruner, new_sampler
 from sdlab.seeds import derive_seed
-from sdlab.settings import Settings, parameter_file
+from sdlab.settings import Settings
 
 FOLDER = PROJECT_ROOT / "runs" / "searches"
 REFERENCE = PROJECT_ROOT / "reports" / "reference" / "searches" / "measured.json"

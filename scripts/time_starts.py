@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from sdlab.paths import PROJECT_ROOT
-from sdlab.runs.records import STAGES
+from sdlab.runs.stages import STAGES
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 

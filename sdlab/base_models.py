@@ -12,22 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sdlab.data import model_files
 from sdlab.data.model_configs import check_configs, check_shapes
-from sdlab.data.model_files import (
-    CONFIGS,
-    PARTS,
-    PINNED,
-    SHAPES,
-    base_model_folder,
-    hash_weights,
-    list_files,
-    list_weight_files,
-    read_config,
-    weight_files,
-)
 from sdlab.devices import choose_device, choose_precision
 from sdlab.errors import BadInput, first_line
-from sdlab.runs.files import sha256_of_json
 from sdlab.schedulers import check_scheduler_name, make_scheduler, steps_in_use
 from sdlab.settings import Settings
 
@@ -51,21 +39,19 @@ class BaseModel:
     unet_config: dict
     scheduler_config: dict
     tokens: int  # of encoder_hidden_states (n, tokens, width)
-    variants: dict[str, str]  # part -> "" or fp16
     sha256: dict[str, str]  # of the weight files
     unet_dtype: torch.dtype | None = None  # of the UNet's weights, if not `dtype`
 
     @functools.cached_property
     def vae(self) -> "AutoencoderKL":
         """Frozen, in float32. Raises `BadInput` for weights that cannot be loaded."""
-        vae = load_part(self.folder, "vae", self.variants["vae"], torch.float32, self.source)
+        vae = load_part(self.folder, "vae", torch.float32, self.source)
         return vae.to(self.device).requires_grad_(False).eval()
 
     @functools.cached_property
     def unet(self) -> "UNet2DConditionModel":
         """Frozen, in `dtype`. Raises `BadInput` for weights that cannot be loaded."""
-        dtype = self.unet_dtype or self.dtype
-        unet = load_part(self.folder, "unet", self.variants["unet"], dtype, self.source)
+        unet = load_part(self.folder, "unet", self.unet_dtype or self.dtype, self.source)
         return unet.to(self.device).requires_grad_(False).eval()
 
     def load_and_check(self, settings: Settings) -> "BaseModel":
@@ -126,7 +112,7 @@ class BaseModel:
 
     def fingerprint(self) -> str:
         """One hash of weights and noise schedule."""
-        return sha256_of_json([self.sha256, self.scheduler_config])
+        return model_files.fingerprint(self.sha256, self.scheduler_config)
 
     def noise_scheduler(self) -> "DDIMScheduler":
         """The forward process z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) noise, for training."""
@@ -138,16 +124,14 @@ class BaseModel:
 def load_base_model(settings: Settings) -> BaseModel:
     """The base model with its configs read and its weight files hashed. Raises `BadInput` for a missing or unsuitable one."""
     device = device_of(settings)
-    folder, source = base_model_folder(settings)
-    unet, vae, scheduler, text_encoder = (read_config(folder, name) for name in CONFIGS)
-    scheduler.setdefault("prediction_type", "epsilon")
+    folder, source = model_files.base_model_folder(settings)
+    unet, vae, scheduler, text_encoder = model_files.read_configs(folder)
     try:
         check_configs(unet, vae, scheduler, text_encoder)
-        variants = {part: weight_files(list_files(folder), part)[0] for part in PARTS}
-        weights = [path for part in PARTS for path in list_weight_files(folder, part)]
+        weights = model_files.list_weights(folder)
     except BadInput as error:
         raise BadInput(f"The base model {source} in {folder} cannot be used: {error}") from None
-    hashes = {path.relative_to(folder).as_posix(): hash_weights(path, source) for path in weights}
+    hashes = model_files.hash_weights(weights, source)
     check_shapes(unet, vae, weights, source)
     scale = 2 ** (len(vae["block_out_channels"]) + len(unet["block_out_channels"]) - 2)
     if settings.base_image_size % scale:
@@ -156,39 +140,8 @@ def load_base_model(settings: Settings) -> BaseModel:
             f"to be a multiple of {scale}."
         )
     check_scheduler_name(settings.scheduler)  # refused before the first training
-    return BaseModel(
-        source, folder, device, choose_precision(settings.precision, device), vae, unet, scheduler,
-        text_encoder["max_position_embeddings"], variants, hashes,
-    )  # fmt: skip
-
-
-def load_without_weights(settings: Settings) -> BaseModel:
-    """A base model of the right size with zeros for weights: a plan can be made before gigabytes are fetched.
-
-    Raises `BadInput` for a model whose configs are not in `shapes/`.
-    """
-    import diffusers
-
-    if settings.base_model not in PINNED:
-        raise BadInput(
-            f"The base model {settings.base_model} is not on this machine, so its size is unknown: fetch it first (run "
-            f"notebook 00), or plan with {' or '.join(PINNED)}."
-        )
-    device = device_of(settings)
-    folder = SHAPES / settings.base_model.rpartition("/")[2]
-    unet, vae, scheduler, text_encoder = (read_config(folder, name) for name in CONFIGS)
-    dtype = choose_precision(settings.precision, device)
-    base = BaseModel(
-        f"{settings.base_model}, zeros for weights", folder, device, dtype, vae, unet, scheduler,
-        text_encoder["max_position_embeddings"], {}, {},
-    )  # fmt: skip
-    for part, config, precision in (("vae", vae, torch.float32), ("unet", unet, dtype)):
-        with torch.device("meta"):
-            model = getattr(diffusers, PARTS[part]).from_config(config)
-        zeros = {name: torch.zeros(t.shape, dtype=precision, device=device) for name, t in model.state_dict().items()}
-        model.load_state_dict(zeros, assign=True)
-        base.__dict__[part] = model.requires_grad_(False).eval()
-    return base
+    dtype, tokens = choose_precision(settings.precision, device), text_encoder["max_position_embeddings"]
+    return BaseModel(source, folder, device, dtype, vae, unet, scheduler, tokens, hashes)
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -198,17 +151,18 @@ def device_of(settings: Settings) -> torch.device:
     return choose_device(settings.device)
 
 
-def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source: str) -> torch.nn.Module:
+def load_part(folder: Path, part: str, dtype: torch.dtype, source: str) -> torch.nn.Module:
     """VAE or UNet from safetensors. Raises `BadInput`: missing weights are never replaced by random ones."""
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()  # of shards: executed notebooks show no bars
     problem = f"The base model {source} cannot be loaded from {folder / part}"
+    variant, *_ = model_files.weight_files(model_files.list_files(folder), part)
+    how = dict(variant=variant or None, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     try:
-        model, loading = getattr(diffusers, PARTS[part]).from_pretrained(
-            folder / part, local_files_only=True, use_safetensors=True, variant=variant or None, torch_dtype=dtype,
-            output_loading_info=True,
-        )  # fmt: skip
+        model, loading = getattr(diffusers, model_files.PARTS[part]).from_pretrained(
+            folder / part, output_loading_info=True, **how
+        )
     except Exception as error:
         raise BadInput(f"{problem} ({first_line(error)}): take a whole copy of it.") from None
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
@@ -217,8 +171,7 @@ def load_part(folder: Path, part: str, variant: str, dtype: torch.dtype, source:
                 f"{problem}: {len(loading[what])} {what.replace('_', ' ')}, such as {next(iter(loading[what]))}: config and "
                 "weights belong to different models."
             )
-    not_finite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-    if not_finite:
+    if not_finite := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
         raise BadInput(
             f"{problem}: {len(not_finite)} tensors, such as {not_finite[0]}, hold numbers that are not finite; take a whole "
             "copy of it, or a `precision` with a wider range."

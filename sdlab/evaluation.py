@@ -38,11 +38,8 @@ def train_and_score_classifiers(
     work folder under a hash of everything they depend on, so an interrupted run finds them.
     Raises `BadInput` if the memory does not hold a classifier's training.
     """
-    data, recipe, device = (
-        run.data,
-        ClassifierRecipe.from_settings(run.settings, searching),
-        choose_device(run.settings.device),
-    )
+    data, device = run.data, choose_device(run.settings.device)
+    recipe = ClassifierRecipe.from_settings(run.settings, searching)
     # The worker count is kept even when some scores are cached: the thread count changes the last bits.
     workers = min(len(seeds), torch.get_num_threads()) if device.type == "cpu" else 1
     cache, counting = run.work_folder and run.work_folder / "classifiers", threading.Lock()
@@ -102,14 +99,10 @@ def score(run: Run, config: SamplingConfig, name: str) -> dict:
     """
     if run.metrics_path(name).exists():
         return read_json(run.metrics_path(name))
-    synthetic_set, title, count = (
-        table_1_set(run, config),
-        name.replace("_", " ").capitalize(),
-        run.settings.search_images,
-    )
+    synthetic_set, count = table_1_set(run, config), run.settings.search_images
     seconds = synthetic_set.seconds(count)
     return score_training_set(
-        run, synthetic_set.split(count), name, title,
+        run, synthetic_set.split(count), name, name.replace("_", " ").capitalize(),
         config=asdict(config),
         synthetic=synthetic_set.folder.name,
         fingerprint=synthetic_set.fingerprint(count),
@@ -120,9 +113,8 @@ def score(run: Run, config: SamplingConfig, name: str) -> dict:
 
 def table_1_set(run: Run, config: SamplingConfig) -> SyntheticSet:
     """The synthetic set behind a cell of Table 1."""
-    return generate_set(
-        run, config, run.settings.search_images, derive_seed(run.settings.seed, "table 1"), desc="table 1"
-    )
+    seed = derive_seed(run.settings.seed, "table 1")
+    return generate_set(run, config, run.settings.search_images, seed, desc="table 1")
 
 
 def score_scaling(run: Run, config: SamplingConfig) -> list[dict]:

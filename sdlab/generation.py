@@ -6,8 +6,6 @@ a smaller one, a search's higher rung extends the lower one, and x1 ... x10 are 
 work and of resume: its bytes do not depend on how many others are made, by whom, or after how many interruptions.
 """
 
-import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +38,7 @@ from sdlab.seeds import derive_seed
 from sdlab.threads import map_in_threads
 
 if TYPE_CHECKING:  # needs diffusers, which is slow to import
-    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+    from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 
 SMALLEST_BATCH = 64  # on a CPU: smaller ones cost more per image
 
@@ -68,11 +66,6 @@ class GenerationPlan:
         return np.asarray(self.labels, np.int64)[np.arange(start, stop) % len(self.labels)]
 
 
-def uniform_labels(num_classes: int) -> tuple[int, ...]:
-    """0, 1, ... C - 1, repeated: n images have n // C of each class, the remainder in the first classes."""
-    return tuple(range(num_classes))
-
-
 def real_labels(labels: np.ndarray) -> tuple[int, ...]:
     """The real training labels, each class spread evenly: x k has k times the real class counts."""
     counts = np.bincount(labels)
@@ -82,7 +75,7 @@ def real_labels(labels: np.ndarray) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """The shards of one plan in `folder`. `made_from` tells a reader the inputs behind the plan's hash of weights."""
+    """The shards of one plan in `folder`. `made_from` tells the inputs behind the plan's hash of weights."""
 
     folder: Path
     plan: GenerationPlan
@@ -96,16 +89,13 @@ class SyntheticSet:
         plan = {name: value for name, value in self.plan.__dict__.items() if name != "labels"}
         return {"key": self.plan.key(), "plan": plan, "made_from": self.made_from, "shards": {}}
 
-    def shard(self, index: int) -> Path:
-        return shard_path(self.folder, index)
-
     def shards_for(self, count: int) -> int:
         return -(-count // self.plan.shard_size)
 
     def missing(self, count: int) -> list[int]:
         """Indices of the shards that the first `count` images lack."""
-        shards = self.manifest["shards"]
-        return [i for i in range(self.shards_for(count)) if str(i) not in shards or not self.shard(i).is_file()]
+        shards, wanted = self.manifest["shards"], range(self.shards_for(count))
+        return [i for i in wanted if str(i) not in shards or not shard_path(self.folder, i).is_file()]
 
     def seconds(self, count: int) -> float:
         """Measured seconds of generating the first `count` images (denoising and decoding)."""
@@ -127,8 +117,7 @@ class SyntheticSet:
     def fingerprint(self, count: int) -> str:
         """One hash of the first `count` images' shards."""
         shards = self.manifest["shards"]
-        hashes = [shards[str(i)]["sha256"] for i in range(self.shards_for(count))]
-        return hashlib.sha256(json.dumps([count, hashes]).encode()).hexdigest()
+        return sha256_of_json([count, [shards[str(i)]["sha256"] for i in range(self.shards_for(count))]])
 
 
 # --------------------------------------------------------------------------------------------- a run's sets
@@ -137,7 +126,7 @@ class SyntheticSet:
 def plan_generation(
     run: Experiment, config: SamplingConfig, seed: int, labels: Sequence[int] | None = None
 ) -> GenerationPlan:
-    """The plan of a set: class-uniform, or with one period of `labels`."""
+    """The plan of a set with one period of `labels`; without, 0, 1, ... C - 1: n // C images of each class, or one more."""
     settings, base = run.settings, run.base
     weights = base.sha256 | checkpoints_of(run, config)
     return GenerationPlan(
@@ -146,7 +135,7 @@ def plan_generation(
         num_inference_steps=config.num_inference_steps,
         guidance_scale=float(config.guidance_scale),
         guidance_interval=(settings.guidance_start, settings.guidance_stop),
-        labels=tuple(labels) if labels is not None else uniform_labels(run.data.num_classes),
+        labels=tuple(range(run.data.num_classes) if labels is None else labels),
         seed=seed,
         base_size=settings.base_image_size,
         image_size=run.data.image_size,
@@ -179,24 +168,6 @@ def generate_set(
     return generate(load_pipeline(run, config), plan, run.folder / "synthetic", count, run.progress, desc, made_from)
 
 
-def regenerate_shards(run: Experiment, key: str) -> None:
-    """Make the missing shards that a set's manifest names. Raises `BadInput` if its inputs have changed.
-
-    Opens no stage: the result is byte for byte the former one, or is refused by its hash.
-    """
-    folder = run.folder / "synthetic" / key
-    manifest = read_manifest(folder)
-    config = SamplingConfig(**manifest["made_from"]["config"])
-    labels = real_labels(run.data.train.labels) if manifest["made_from"]["labels"] == "real" else None
-    plan = plan_generation(run, config, manifest["plan"]["seed"], labels)
-    if plan.key() != key:
-        raise BadInput(
-            f"{folder} was made from other weights, data or settings than those of now: its shards cannot be made again."
-        )
-    count = len(manifest["shards"]) * plan.shard_size
-    generate(load_pipeline(run, config), plan, folder.parent, count, run.progress, "repair")
-
-
 def generate(
     pipeline: "ClassConditionalStableDiffusionPipeline",
     plan: GenerationPlan,
@@ -213,18 +184,12 @@ def generate(
     synthetic_set = SyntheticSet(root / plan.key(), plan, made_from)
     if synthetic_set.missing(count):
         with file_lock(synthetic_set.folder / ".lock"):  # two processes may want the same set at once
-            generate_missing(pipeline, synthetic_set, count, progress, desc)
+            make_shards(pipeline, synthetic_set, count, progress, desc)
     return synthetic_set
 
 
-def generate_missing(
-    pipeline: "ClassConditionalStableDiffusionPipeline",
-    synthetic_set: SyntheticSet,
-    count: int,
-    progress: Callable,
-    desc: str,
-) -> None:
-    """`generate`, inside its lock."""
+def make_shards(pipeline, synthetic_set: SyntheticSet, count: int, progress: Callable, desc: str) -> None:
+    """Make the missing ones of the first `count` images, under the set's lock."""
     plan, folder, manifest = synthetic_set.plan, synthetic_set.folder, synthetic_set.manifest
     wanted, missing = synthetic_set.shards_for(count), synthetic_set.missing(count)
     remedy = "take a smaller `shard_size` in an experiment of its own (its images differ)"
@@ -232,12 +197,12 @@ def generate_missing(
     done = (wanted - len(missing)) * plan.shard_size
     with progress(total=wanted * plan.shard_size, initial=done, desc=desc, unit="img") as bar:
         for index in missing:
-            first, path, started = index * plan.shard_size, synthetic_set.shard(index), time.perf_counter()
+            first, last, started = index * plan.shard_size, (index + 1) * plan.shard_size, time.perf_counter()
             with raise_on_oom(f"a shard of {plan.shard_size} images of {plan.base_size} px", remedy):
-                images = generate_images(pipeline, plan, range(first, first + plan.shard_size), bar.update)
-            seconds = round(time.perf_counter() - started, 3)
+                images = generate_images(pipeline, plan, range(first, last), bar.update)
+            seconds, path = round(time.perf_counter() - started, 3), shard_path(folder, index)
             with atomic_write(path) as partial:
-                save_file({"images": images, "labels": plan.labels_of(first, first + plan.shard_size)}, partial)
+                save_file({"images": images, "labels": plan.labels_of(first, last)}, partial)
             entry = dict(sha256=sha256_of_file(path), seconds=seconds)
             if manifest["shards"].setdefault(str(index), entry)["sha256"] != entry["sha256"]:  # a lost one, made again
                 raise BadInput(

@@ -110,11 +110,3 @@ def describe_importance(search: Mapping, forests: int) -> dict:
         first=winners.index[0] if decided else None,
         forests_that_agree=int(winners.iloc[0]) if decided else 0,
     )
-
-
-def verdict(name: str, found: Mapping) -> str:
-    """Is UGS the most important parameter, as the paper says? One sentence."""
-    word = {None: "undetermined", "guidance_scale": "confirmed"}.get(found["first"], "refuted")
-    mains = ", ".join(f"{LABELS[p]} {found['main_effects'][p]['mean']:.2f}" for p in PARAMETERS)
-    agree = f"{found['forests_that_agree']} of {found['forests']} forests agree"
-    return f"{name}: UGS as the most important parameter is {word} ({mains}; {agree}; {found['n']} trials at {found['images']} images)."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # diffusers is slow to import
     from diffusers import UNet2DConditionModel
 
     from sdlab.class_encoder import ClassTable
-    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+    from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def load_pipeline(run: Experiment, config: SamplingConfig) -> "ClassConditionalS
     """The pipeline of a config's checkpoints. Raises `BadInput` for a missing or damaged one."""
     from diffusers import UNet2DConditionModel
 
-    from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+    from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 
     base, unet, table = run.base, None, load_table(run, config.class_encoder_epoch)
     if config.unet_epoch:

@@ -24,21 +24,11 @@ from optuna.trial import Trial, TrialState
 from sdlab.data.pixels import save_image_grid
 from sdlab.evaluation import deciding_split, load_optimum, summarize, train_and_score_classifiers
 from sdlab.generation import generate_set
+from sdlab.runs import studies
 from sdlab.runs.files import file_lock, read_json
-from sdlab.runs.records import search_lineage
 from sdlab.runs.run import Run
 from sdlab.runs.shards import read_shards
-from sdlab.runs.studies import (
-    AtomicArtifactStore,
-    ask_pruner,
-    check_folder,
-    check_lineage,
-    claim_trial,
-    count_finished,
-    draw_parameters,
-    open_study,
-    raise_on_storage_error,
-)
+from sdlab.runs.stages import search_lineage
 from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
@@ -153,25 +143,25 @@ def run_search(run: Run, search: Search) -> dict:
     path, settings = run.metrics_path(search.name), run.settings
     if path.exists():
         return read_json(path)
-    with raise_on_storage_error(settings):
+    with studies.raise_on_storage_error(settings):
         with file_lock(run.folder / ".locks" / "storage"):  # one process creates it
-            study = open_study(settings, search.name, new_pruner(settings))
-            check_lineage(study, search_lineage(run.record))
-            check_folder(study, run.folder)
-        artifacts = AtomicArtifactStore(run.folder / "artifacts")
-        finished = count_finished(study)
+            study = studies.open_study(settings, search.name, new_pruner(settings))
+            studies.check_lineage(study, search_lineage(run.record))
+            studies.check_folder(study, run.folder)
+        artifacts = studies.AtomicArtifactStore(run.folder / "artifacts")
+        finished = studies.count_finished(study)
         with run.progress(
             total=search.trials, initial=finished, desc=search.name.replace("_", " "), unit="trial"
         ) as bar:
             while finished < search.trials:
-                with claim_trial(run.folder, study, search.trials) as trial:
+                with studies.claim_trial(run.folder, study, search.trials) as trial:
                     if trial is not None:
                         run_trial(run, search, study, trial, artifacts)
                 if trial is None:  # the remaining trials run in other processes
                     if run.helping:
                         break
                     time.sleep(POLL)
-                finished, before = count_finished(study), finished
+                finished, before = studies.count_finished(study), finished
                 bar.update(finished - before)
         if run.helping:
             return {}
@@ -179,11 +169,13 @@ def run_search(run: Run, search: Search) -> dict:
         return run.save_metrics(search.name, export_search(study, settings, search.space, finalists))
 
 
-def run_trial(run: Run, search: Search, study: optuna.Study, trial: Trial, artifacts: AtomicArtifactStore) -> None:
+def run_trial(
+    run: Run, search: Search, study: optuna.Study, trial: Trial, artifacts: studies.AtomicArtifactStore
+) -> None:
     """Generate, train, report the CAS at each rung, up to the last one or until pruned."""
     settings, started = run.settings, time.perf_counter()
     sampler = new_sampler(settings, search.name, trial.number)
-    config = search.config_of(**draw_parameters(study, trial, search.space.distributions(), sampler))
+    config = search.config_of(**studies.draw_parameters(study, trial, search.space.distributions(), sampler))
     split, name = deciding_split(settings.protocol), f"trial {trial.number}"
     if split == "test":
         run.record_test_reading(f"{study.study_name}, {name}: the paper's protocol maximises test accuracy")
@@ -197,7 +189,7 @@ def run_trial(run: Run, search: Search, study: optuna.Study, trial: Trial, artif
         with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
             warnings.simplefilter("ignore")
             trial.report(cas["mean"], step=images)
-        if images < settings.search_images and ask_pruner(study, trial, images):
+        if images < settings.search_images and studies.ask_pruner(study, trial, images):
             state = TrialState.PRUNED
             break
     grid = run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import BadInput, brief, did_you_mean
 from sdlab.paths import PARAMS, is_file, project_path
-from sdlab.runs.parameters import check_places, check_value, notebook_parameters, read_parameters
+from sdlab.runs.parameters import check_places, check_value, known_experiments, notebook_parameters, read_parameters
 
 if TYPE_CHECKING:  # pandas is slow to import
     import pandas as pd
@@ -232,23 +232,6 @@ class Settings:
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def known_experiments() -> list[str]:
-    return sorted(path.stem for path in PARAMS.glob("*.yaml"))
-
-
-def parameter_file(name_or_path: str) -> Path:
-    """`digits` or `path/to/file.yaml` -> the file. Raises `BadInput`."""
-    for path in (PARAMS / f"{name_or_path}.yaml", Path(name_or_path)):
-        if is_file(path):
-            return path
-    known = known_experiments()
-    name = name_or_path if name_or_path.isprintable() and len(name_or_path) < 200 else brief(name_or_path)
-    raise BadInput(
-        f"There is no parameter file for `{name}`: give the path of one, or a name in params/, which has "
-        f"{', '.join(known)}.{did_you_mean(name_or_path, known)}"
-    )
-
-
 def unknown_name(name: Any, known: Mapping[str, Any]) -> str:
     """The sentence for a name that is not a setting."""
     shown = name if isinstance(name, str) and name.isprintable() and len(name) < 60 else brief(name)
@@ -262,41 +245,24 @@ def check_together(s: Settings) -> None:
     epochs_1 = (s.search_1_min_epoch, s.search_1_max_epoch or s.class_encoder_epochs, s.class_encoder_epochs)
     epochs_2 = (s.search_2_min_epoch, s.search_2_max_epoch or s.unet_epochs, s.unet_epochs)
     ragged = [images for images in s.rungs() if images % s.shard_size]
-    rules = [
-        (
-            not ragged,
-            f"A trial would be scored at {ragged and ragged[0]} images, which is no multiple of `shard_size` ({s.shard_size}): "
-            "images are made in whole shards, so choose `search_first_images` and `search_images` as multiples.",
-        ),
-        (
-            s.search_first_images <= s.search_images,
-            f"`search_first_images` is {s.search_first_images}, more than `search_images` ({s.search_images}): the first rung "
-            "cannot be larger than a complete trial.",
-        ),
-        (
-            s.search_min_inference_steps <= s.search_max_inference_steps,
-            f"`search_min_inference_steps` is {s.search_min_inference_steps}, more than `search_max_inference_steps` "
-            f"({s.search_max_inference_steps}).",
-        ),
-        (
-            s.guidance_start <= s.guidance_stop,
-            f"`guidance_start` is {s.guidance_start}, above `guidance_stop` ({s.guidance_stop}): both are shares of the "
-            "inference steps, and guidance acts between them.",
-        ),
-        *(
-            (
-                low <= high <= trained,
-                f"`search_{n}_min_epoch` to `search_{n}_max_epoch` is {low} to {high}: the checkpoints will be epochs 1 to "
-                f"{trained} (`{part}_epochs`).",
-            )
-            for n, part, (low, high, trained) in ((1, "class_encoder", epochs_1), (2, "unet", epochs_2))
-        ),
-        (
-            not 0 < s.classifier_train_steps < s.classifier_epochs,
-            f"`classifier_train_steps` is {s.classifier_train_steps}, fewer than the {s.classifier_epochs} validations "
-            "(`classifier_epochs`) that it is divided into.",
-        ),
-    ]
-    for holds, sentence in rules:
+    rules = {
+        f"A trial would be scored at {ragged and ragged[0]} images, which is no multiple of `shard_size` ({s.shard_size}): images "
+        "are made in whole shards, so choose `search_first_images` and `search_images` as multiples.": not ragged,
+        f"`search_first_images` is {s.search_first_images}, more than `search_images` ({s.search_images}): the first rung cannot "
+        "be larger than a complete trial.": s.search_first_images <= s.search_images,
+        f"`search_min_inference_steps` is {s.search_min_inference_steps}, more than `search_max_inference_steps` "
+        f"({s.search_max_inference_steps}).": s.search_min_inference_steps <= s.search_max_inference_steps,
+        f"`guidance_start` is {s.guidance_start}, above `guidance_stop` ({s.guidance_stop}): both are shares of the inference "
+        "steps, and guidance acts between them.": s.guidance_start <= s.guidance_stop,
+        f"`classifier_train_steps` is {s.classifier_train_steps}, fewer than the {s.classifier_epochs} validations "
+        "(`classifier_epochs`) that it is divided into.": not 0 < s.classifier_train_steps < s.classifier_epochs,
+    }
+    for n, part, (low, high, trained) in ((1, "class_encoder", epochs_1), (2, "unet", epochs_2)):
+        sentence = (
+            f"`search_{n}_min_epoch` to `search_{n}_max_epoch` is {low} to {high}: the checkpoints will be epochs 1 to "
+            f"{trained} (`{part}_epochs`)."
+        )
+        rules[sentence] = low <= high <= trained
+    for sentence, holds in rules.items():
         if not holds:
             raise BadInput(sentence)

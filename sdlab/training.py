@@ -26,7 +26,7 @@ from sdlab.errors import BadInput
 from sdlab.latents import Moments
 from sdlab.runs.checkpoints import checkpoint_sha, epoch_folder, is_intact, load_checkpoint, save_checkpoint
 from sdlab.runs.files import check_free_space, sha256_of_json, write_json
-from sdlab.runs.resume import TrainingPosition, is_behind, load_history, load_resume_state, save_resume_state
+from sdlab.runs.resume_states import TrainingPosition, is_behind, load_history, load_resume_state, save_resume_state
 from sdlab.runs.run import Run
 from sdlab.schedulers import make_scheduler, steps_in_use
 from sdlab.seeds import derive_seed, generator
@@ -295,12 +295,5 @@ def fine_tune_unet(run: Run, moments: Moments, class_encoder_epoch: int) -> Iter
 
 def training_plan(run: Run, part: str) -> TrainingPlan:
     s = run.settings
-    return TrainingPlan(
-        part=part,
-        epochs=getattr(s, f"{part}_epochs"),
-        batch_size=getattr(s, f"{part}_batch_size"),
-        learning_rate=getattr(s, f"{part}_learning_rate"),
-        weight_decay=s.weight_decay,
-        max_grad_norm=s.max_grad_norm,
-        seed=s.seed,
-    )
+    own = {name: getattr(s, f"{part}_{name}") for name in ("epochs", "batch_size", "learning_rate")}
+    return TrainingPlan(part=part, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, seed=s.seed, **own)

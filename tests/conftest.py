@@ -34,6 +34,15 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
+# Files that take minutes: the workers begin with them, so that none is left alone with one at the end.
+LONGEST = ("test_suites", "test_damage", "test_notebooks", "test_experiments", "test_workers", "test_benchmarks")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def command(*arguments, cwd=None):
     return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
 

@@ -1,4 +1,4 @@
-"""Run by test_pipeline.py in a process that has transformers: our images beside diffusers' StableDiffusionPipeline.
+"""Run by test_diffusion_pipeline.py in a process that has transformers: our images beside diffusers' StableDiffusionPipeline.
 
 Prints the largest difference of decoded images in [0, 1], for each guidance scale given.
 """
@@ -8,7 +8,7 @@ import sys
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
+from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 
 ours = ClassConditionalStableDiffusionPipeline.from_pretrained(sys.argv[1])
 theirs = StableDiffusionPipeline(

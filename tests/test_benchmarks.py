@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ENVIRONMENT, SMOKE
-from test_pipeline import REFERENCE
+from test_diffusion_pipeline import REFERENCE
 
 from sdlab import base_models
 from sdlab.errors import BadInput

@@ -19,8 +19,8 @@ from conftest import SMOKE
 from sdlab.data.datasets import load_dataset
 from sdlab.paths import PARAMS, PROJECT_ROOT
 from sdlab.runs.files import write_json
-from sdlab.runs.records import STAGES
 from sdlab.runs.run import Run
+from sdlab.runs.stages import STAGES
 from sdlab.settings import Settings
 from sdlab.tools import cli as cli_module
 from sdlab.tools import execution

@@ -19,7 +19,7 @@ from sdlab.data.datasets import dataset_facts
 from sdlab.paths import PARAMS, PROJECT_ROOT
 from sdlab.report.paper import DATASETS
 from sdlab.runs.files import read_json
-from sdlab.runs.records import STAGES, stage_state
+from sdlab.runs.stages import STAGES, stage_state
 from sdlab.settings import Settings
 from sdlab.tools.planning import workload
 
@@ -84,7 +84,7 @@ def check_plan(settings: Settings, training_images: int) -> None:
     for number, search in (("02", "search_1"), ("04", "search_2")):
         found = read_json(settings.run_folder / "metrics" / f"{search}.json")
         scored_anew = settings.search_images * len(found["finalists"])
-        assert most[number].images == found["images"]["without_pruning"] + scored_anew + settings.search_images
+        assert most[number]["images"] == found["images"]["without_pruning"] + scored_anew + settings.search_images
         rungs = sum(len(trial["intermediate"]) for trial in found["trials"])
         assert (
             most[number].trial_images >= rungs * settings.search_classifier_seeds * settings.classifier_train_steps * 32

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from sdlab.errors import BadInput
 from sdlab.runs.export import export_set
 from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
-from sdlab.runs.records import StageState, State
 from sdlab.runs.shards import shard_path
+from sdlab.runs.stages import StageState, State
 
 CLASSES = ["no finding", "a/b: ../c", "été"]
 

@@ -22,13 +22,15 @@ from sdlab.data.datasets import load_dataset
 from sdlab.errors import BadInput
 from sdlab.paths import PARAMS
 from sdlab.runs.files import read_hashed_json, read_json, write_hashed_json, write_json
-from sdlab.runs.records import STAGES, OlderRun, Reason, State, check_stage, read_record, record_path, stage_state
+from sdlab.runs.parameters import parameter_file
+from sdlab.runs.records import OlderRun, read_record, record_path
 from sdlab.runs.run import Run
+from sdlab.runs.stages import STAGES, Reason, State, check_stage, stage_state
 from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.runs.studies import open_study, rename_study
 from sdlab.runs.verify import verify
 from sdlab.search import new_pruner
-from sdlab.settings import Settings, parameter_file
+from sdlab.settings import Settings
 from sdlab.tools import cli as cli_module
 from sdlab.tools import execution
 from sdlab.tools.cli import cli

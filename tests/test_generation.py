@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sdlab.class_encoder import ClassEncoder
+from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.errors import BadInput
 from sdlab.generation import (
     GenerationPlan,
@@ -15,9 +16,7 @@ from sdlab.generation import (
     generate,
     generate_images,
     real_labels,
-    uniform_labels,
 )
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
 
@@ -114,6 +113,17 @@ def test_a_damaged_shard_is_refused_by_name(pipeline, tmp_path):
     assert len(made.split(4)) == 4
 
 
+def test_exhausted_memory_is_refused_and_names_the_setting(pipeline, tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    first = shards(generate(pipeline, plan(), tmp_path, 4))
+    monkeypatch.setattr(type(pipeline.vae), "decode", no_room)
+    with pytest.raises(BadInput, match="does not hold a shard of 4 images of 16 px: take a smaller `shard_size`"):
+        generate(pipeline, plan(), tmp_path, 8)
+    assert shards(SyntheticSet(tmp_path / plan().key(), plan())) == first
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -132,7 +142,7 @@ def test_whatever_changes_the_bytes_changes_the_folder(more):
 def test_4000_images_over_c_classes():
     """4000 // C each, the remainder to the first classes (docs/method.md, item 18)."""
     for classes in (5, 7, 8, 9, 10, 100):
-        counts = np.bincount(plan(labels=uniform_labels(classes)).labels_of(0, 4000))
+        counts = np.bincount(plan(labels=tuple(range(classes))).labels_of(0, 4000))
         assert counts.sum() == 4000 and counts.max() - counts.min() <= 1
         assert list(counts) == sorted(counts, reverse=True)
 

@@ -6,7 +6,8 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator
 
-from sdlab.importance import PARAMETERS, describe_importance, fanova, main_effects, verdict
+from sdlab.importance import PARAMETERS, describe_importance, fanova, main_effects
+from sdlab.report.remarks import importance_sentence
 
 RANGES = {"num_inference_steps": [5, 50], "guidance_scale": [0.0, 7.5], "epoch": [1, 50]}
 
@@ -94,8 +95,8 @@ def test_main_effects_sum_to_one():
 def test_the_verdict_is_what_the_trials_say():
     by_guidance = describe_importance(exported(lambda num_inference_steps, guidance_scale, epoch: guidance_scale), 3)
     assert by_guidance["first"] == "guidance_scale" and by_guidance["forests_that_agree"] == 3
-    assert "is confirmed (UGS 1.00" in verdict("search 1", by_guidance)
+    assert "is confirmed (UGS 1.00" in importance_sentence("search 1", by_guidance)
     by_epoch = describe_importance(exported(lambda num_inference_steps, guidance_scale, epoch: epoch), 3)
-    assert "is refuted" in verdict("search 1", by_epoch) and by_epoch["shares"]["epoch"]["mean"] > 0.9
+    assert "is refuted" in importance_sentence("search 1", by_epoch) and by_epoch["shares"]["epoch"]["mean"] > 0.9
     nothing = describe_importance(exported(lambda **_: 0.1), 3)
-    assert nothing["first"] is None and "is undetermined" in verdict("search 1", nothing)
+    assert nothing["first"] is None and "is undetermined" in importance_sentence("search 1", nothing)

@@ -16,7 +16,7 @@ from conftest import BIN, ENVIRONMENT, command
 
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import STAGES, State, stage_state
+from sdlab.runs.stages import STAGES, State, stage_state
 from sdlab.settings import Settings
 
 

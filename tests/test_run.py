@@ -16,18 +16,9 @@ import torch
 from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, file_lock, files_below, partial_writes, remove_partial_writes, write_json
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import (
-    STAGES,
-    FileHash,
-    Reason,
-    State,
-    cpu_name,
-    environment_change,
-    read_record,
-    stage_state,
-    write_record,
-)
+from sdlab.runs.records import FileHash, cpu_name, environment_change, read_record, write_record
 from sdlab.runs.run import Run
+from sdlab.runs.stages import STAGES, Reason, State, stage_state
 
 
 class Named:

@@ -16,8 +16,8 @@ from sdlab.errors import BadInput
 from sdlab.metrics import Score
 from sdlab.runs import studies
 from sdlab.runs.files import file_lock
-from sdlab.runs.records import STAGES, StageState
 from sdlab.runs.run import Run
+from sdlab.runs.stages import STAGES, StageState
 from sdlab.runs.storage import storage_url
 from sdlab.runs.studies import claim_trial, open_study, rename_study
 from sdlab.sampling_config import SamplingConfig
@@ -67,7 +67,7 @@ def world(settings, monkeypatch):
     """Settings, a run whose upstream is taken as done, and a log of (config, images) as they are made and (split,) as scored."""
     settings = dataclasses.replace(settings, search_1_trials=24, search_images=400, search_first_images=100, search_reduction_factor=4,
                                    search_startup_trials=4, search_finalists=1)  # fmt: skip
-    monkeypatch.setattr("sdlab.runs.records.stage_state", lambda s, n: StageState("not run"))
+    monkeypatch.setattr("sdlab.runs.stages.stage_state", lambda s, n: StageState("not run"))
     monkeypatch.setitem(STAGES, "02", dataclasses.replace(STAGES["02"], upstream=()))
     log = dict(made=[], scored=[], stop_after=None, stop_in_sheet=None)
 

@@ -17,7 +17,7 @@ from sdlab.data.pixels import to_model
 from sdlab.errors import BadInput
 from sdlab.latents import Moments, encode_images
 from sdlab.runs.checkpoints import half_precision_copy, load_checkpoint, save_checkpoint
-from sdlab.runs.resume import TrainingPosition
+from sdlab.runs.resume_states import TrainingPosition
 from sdlab.runs.run import Experiment
 from sdlab.training import TrainingPlan, cosine, fine_tune_unet, predict, prediction_target, train
 
@@ -416,6 +416,21 @@ def test_a_vae_that_answers_nonsense_is_refused(base, data, tmp_path):
     with pytest.raises(BadInput, match="not finite"):
         encode_images(data.train.images.__getitem__, 4, base, 16, tmp_path / "train.npz", "made from this")
     assert not list(tmp_path.glob("*train.npz*"))
+
+
+def test_exhausted_memory_is_refused_and_names_the_setting(base, data, moments, tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(base.unet), "forward", no_room)
+    monkeypatch.setattr(type(base.vae), "encode", no_room)
+    with pytest.raises(BadInput, match="does not hold 48 images of 16 px in the VAE: take a smaller `base_image_size`"):
+        encode_images(data.train.images.__getitem__, 48, base, 16, tmp_path / "train.npz", "made from this")
+    for part in ("class_encoder", "unet"):
+        step = f"does not hold a training step of {part} with 20 images: take a smaller `{part}_batch_size`"
+        with pytest.raises(BadInput, match=step):
+            fit(base, moments, tmp_path / part, plan(part))
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.npz"))
 
 
 def test_sampled_latents_have_the_posteriors_moments_and_scale():

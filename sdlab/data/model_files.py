@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
 from sdlab.errors import BadInput, brief, first_line
 from sdlab.paths import is_file, project_path
-from sdlab.runs.files import sha256_of_file
+from sdlab.runs.files import sha256_of_file, sha256_of_json
 from sdlab.settings import Settings
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -84,7 +84,7 @@ def cached_snapshot(name: str, revision: str, full: bool = False) -> Path | None
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         half = any(weight_files(list_files(folder), part)[0] for part in PARTS)
-        whole = all((folder / c).is_file() for c in CONFIGS) and all(list_weight_files(folder, part) for part in PARTS)
+        whole = all((folder / c).is_file() for c in CONFIGS) and bool(list_weights(folder))
     except HFValidationError as error:
         raise BadInput(f"`base_model` is {name!r}, which is no hub id: {first_line(error)}") from None
     except (LocalEntryNotFoundError, BadInput):
@@ -148,8 +148,12 @@ def weight_files(names: Collection[str], part: str) -> tuple[str, str, list[str]
     raise BadInput(f"there is no {part}/{STEM}.safetensors, whole, sharded or of variant fp16{hint}.")
 
 
+def list_weights(folder: Path) -> list[Path]:
+    """The weight files of VAE and UNet. Raises `BadInput` if one is missing, or lacks a shard that its index names."""
+    return [path for part in PARTS for path in list_weight_files(folder, part)]
+
+
 def list_weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a part. Raises `BadInput` if one is missing that the index names."""
     _, index, weights = weight_files(list_files(folder), part)
     if index:
         shards = read_config(folder, index).get("weight_map")
@@ -163,18 +167,30 @@ def list_weight_files(folder: Path, part: str) -> list[Path]:
     return [folder / file for file in weights]
 
 
-def hash_weights(path: Path, source: str) -> str:
-    """sha256. Raises `BadInput` for a file that is cut short or not in safetensors format."""
-    try:
-        sha256 = sha256_of_file(path)
-        with safe_open(path, "pt"):
-            return sha256
-    except BadInput:
-        raise
-    except Exception as error:
-        raise BadInput(
-            f"The base model {source} cannot be loaded from {path} ({first_line(error)}): take a whole copy of that file."
-        ) from None
+def hash_weights(weights: Sequence[Path], source: str) -> dict[str, str]:
+    """The sha256 of each file. Raises `BadInput` for one that is cut short or not in safetensors format."""
+    hashes = {}
+    for path in weights:
+        hashes[f"{path.parent.name}/{path.name}"] = sha256_of_file(path)
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:
+            raise BadInput(
+                f"The base model {source} cannot be loaded from {path} ({first_line(error)}): take a whole copy of that file."
+            ) from None
+    return hashes
+
+
+def read_configs(folder: Path) -> list[dict]:
+    """The configs of UNet, VAE, scheduler and text encoder. Raises `BadInput`."""
+    unet, vae, scheduler, text_encoder = (read_config(folder, name) for name in CONFIGS)
+    return [unet, vae, dict(prediction_type="epsilon") | scheduler, text_encoder]
+
+
+def fingerprint(hashes: dict[str, str], scheduler_config: dict) -> str:
+    """One hash of a base model's weights and noise schedule."""
+    return sha256_of_json([hashes, scheduler_config])
 
 
 def read_config(folder: Path, name: str) -> dict:

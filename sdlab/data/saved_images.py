@@ -13,7 +13,8 @@ from sdlab.data.images import Entry, ImageDataset
 from sdlab.data.npz import read_arrays
 from sdlab.errors import BadInput
 from sdlab.paths import project_path
-from sdlab.runs.files import atomic_write, read_hashed_json
+from sdlab.runs.files import atomic_write
+from sdlab.runs.records import read_record
 from sdlab.settings import Settings
 
 EXAMPLES = 12  # training images as the base model sees them, which notebook 00 shows
@@ -94,13 +95,11 @@ def load_if_gone(settings: Settings) -> ImageDataset | None:
             return None
     except OSError:
         pass
-    path = settings.run_folder / "records" / "00.json"  # `runs/records.py` cannot be asked: it asks for data sets
-    record = read_hashed_json(path) if path.exists() else {}
-    recorded = record.get("settings", {})
-    others = {name: value for name, value in settings.of_stage("00").items() if name != "dataset"}
-    if not record.get("finished") or any(
-        recorded.get(name, getattr(Settings, name, None)) != others[name] for name in others
-    ):
+    record = read_record(settings, "00")
+    if record is None or not record.finished:
+        return None
+    present = settings.of_stage("00")
+    if any(record.settings.get(n, getattr(Settings, n, None)) != present[n] for n in present.keys() - {"dataset"}):
         return None
     saved = load_saved(settings)
-    return saved if saved and saved.fingerprint() == record["inputs"].get("data") else None
+    return saved if saved and saved.fingerprint() == record.inputs.get("data") else None

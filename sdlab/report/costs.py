@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import pandas as pd
 
 from sdlab.runs.files import read_json
-from sdlab.runs.records import STAGES, read_record, settings_differences
+from sdlab.runs.records import read_record
+from sdlab.runs.stages import STAGES, settings_differences
 from sdlab.settings import Settings
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from sdlab.importance import LABELS, PARAMETERS
 from sdlab.report import paper
 from sdlab.report.tables import FinishedExperiment, cas_text, gains, table_2
 
@@ -63,3 +64,11 @@ def gains_sentence(who: str, ranges: Mapping) -> str:
         f"{who}: since stage 1, CAS changes by {after_2} points after stage 2 and by {after_4} after stage 4; stage 2 saves up to "
         f"{ranges['time_saved_after_2_percent']:.1f} % of the generation time."
     )
+
+
+def importance_sentence(name: str, found: Mapping) -> str:
+    """Of a search's importances: is UGS the most important parameter, as the paper says? One sentence."""
+    word = {None: "undetermined", "guidance_scale": "confirmed"}.get(found["first"], "refuted")
+    mains = ", ".join(f"{LABELS[p]} {found['main_effects'][p]['mean']:.2f}" for p in PARAMETERS)
+    agree = f"{found['forests_that_agree']} of {found['forests']} forests agree"
+    return f"{name}: UGS as the most important parameter is {word} ({mains}; {agree}; {found['n']} trials at {found['images']} images)."

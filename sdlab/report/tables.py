@@ -11,7 +11,7 @@ from sdlab.data.images import ImageDataset
 from sdlab.errors import BadInput
 from sdlab.report import paper
 from sdlab.runs.files import read_json
-from sdlab.runs.records import stage_state
+from sdlab.runs.stages import stage_state
 from sdlab.settings import Settings
 
 # The cells of Table 1, and under which name the paper prints the generation time of each.

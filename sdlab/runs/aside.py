@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from sdlab.runs.files import raise_on_write_error
-from sdlab.runs.records import STAGES, WRITES
+from sdlab.runs.stages import STAGES, WRITES
 from sdlab.settings import Settings
 
 

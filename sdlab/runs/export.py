@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput, brief
 from sdlab.runs.files import atomic_write, check_free_space, read_json, write_json
-from sdlab.runs.records import STAGES, State, stage_state
 from sdlab.runs.shards import read_shards
+from sdlab.runs.stages import STAGES, State, stage_state
 from sdlab.settings import Settings
 
 Shards = Iterator[tuple[np.ndarray, np.ndarray]]

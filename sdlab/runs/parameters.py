@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sdlab.errors import UNPRINTABLE, BadInput, brief, did_you_mean
-from sdlab.paths import project_path
+from sdlab.paths import PARAMS, is_file, project_path
 
 LONGEST_TEXT, LONGEST_NAME = 1000, 100  # characters
 LARGEST_NUMBER = 2**31 - 1  # of whole numbers, where a setting has no other limit
@@ -119,6 +119,23 @@ def assigned_names(source: str) -> list[str]:
             return []
         names.append(target.id)
     return names
+
+
+def known_experiments() -> list[str]:
+    return sorted(path.stem for path in PARAMS.glob("*.yaml"))
+
+
+def parameter_file(name_or_path: str) -> Path:
+    """`digits` or `path/to/file.yaml` -> the file. Raises `BadInput`."""
+    for path in (PARAMS / f"{name_or_path}.yaml", Path(name_or_path)):
+        if is_file(path):
+            return path
+    known = known_experiments()
+    name = name_or_path if name_or_path.isprintable() and len(name_or_path) < 200 else brief(name_or_path)
+    raise BadInput(
+        f"There is no parameter file for `{name}`: give the path of one, or a name in params/, which has "
+        f"{', '.join(known)}.{did_you_mean(name_or_path, known)}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- one value

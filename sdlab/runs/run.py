@@ -24,6 +24,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput
+from sdlab.runs import records
 from sdlab.runs.aside import move_results_aside
 from sdlab.runs.files import (
     atomic_write,
@@ -35,21 +36,8 @@ from sdlab.runs.files import (
 )
 from sdlab.runs.locks import Lock
 from sdlab.runs.progress import Progress
-from sdlab.runs.records import (
-    STAGES,
-    FileHash,
-    Reason,
-    StageRecord,
-    State,
-    check_stage,
-    environment,
-    environment_change,
-    environment_differences,
-    now,
-    read_record,
-    record_digest,
-    write_record,
-)
+from sdlab.runs.records import FileHash, StageRecord
+from sdlab.runs.stages import STAGES, Reason, State, check_stage
 from sdlab.runs.storage import check_storage
 from sdlab.settings import Settings
 
@@ -100,7 +88,7 @@ class Run(Experiment):
             check_storage(settings)
         self.started, self.lock = time.monotonic(), None
         if helping:
-            self.record = read_record(settings, self.stage.number)
+            self.record = records.read_record(settings, self.stage.number)
             self.finished = self.record is None or state.state == State.DONE
         else:
             self.finished = state.state == State.DONE or not self.begin()
@@ -114,7 +102,7 @@ class Run(Experiment):
 
     def check_inputs(self) -> None:
         """Raises `BadInput` if the data set or the base model changed since stage 00."""
-        first = read_record(self.settings, "00")
+        first = records.read_record(self.settings, "00")
         for name, fingerprint in self.inputs.items():
             if first is not None and first.inputs.get(name) != fingerprint:
                 raise BadInput(
@@ -135,25 +123,25 @@ class Run(Experiment):
             return False
         if state.reason == Reason.MORE_TRIALS:
             move_results_aside(self.settings, self.stage.number)
-        before = read_record(self.settings, self.stage.number)
+        before = records.read_record(self.settings, self.stage.number)
         self.record = StageRecord(
             stage=self.stage.stem,
             settings=self.settings.of_stage(self.stage.number),
-            upstream={n: record_digest(read_record(self.settings, n)) for n in self.stage.upstream},
+            upstream={n: records.record_digest(records.read_record(self.settings, n)) for n in self.stage.upstream},
             inputs=self.inputs,
-            begun=before.begun if before else now(),
+            begun=before.begun if before else records.now(),
             opened_at=time.time(),
-            environment=environment(self.base),
+            environment=records.environment(self.base),
             seconds=before.seconds + self.lost_seconds(before) if before else 0.0,
         )
         if before:
             earlier = [*before.earlier_environments, before.environment]
             self.record.earlier_environments = [
-                e for e in earlier if environment_differences(e, self.record.environment)
+                e for e in earlier if records.environment_differences(e, self.record.environment)
             ]
-            if note := environment_change(self.record):
+            if note := records.environment_change(self.record):
                 print(note)
-        write_record(self.settings, self.record)
+        records.write_record(self.settings, self.record)
         # After the record, which tells that it is this stage's.
         with atomic_write(self.folder / "settings.yaml") as partial:
             partial.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
@@ -185,11 +173,11 @@ class Run(Experiment):
             if path.name not in NOT_OUTPUTS
         }
         self.record.side_outputs = self.side_outputs()
-        self.record.finished = now()
+        self.record.finished = records.now()
         self.record.measured = dict(folder_bytes=folder_size(self.folder), peak_memory_bytes=peak_memory())
         self.record.seconds += round(time.monotonic() - self.started, 1)
         shutil.rmtree(self.work_folder, ignore_errors=True)  # all of it is part of the results now
-        write_record(self.settings, self.record)
+        records.write_record(self.settings, self.record)
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
@@ -201,7 +189,7 @@ class Run(Experiment):
         """
         others = set()  # of other stages
         for number in STAGES.keys() - {self.stage.number}:
-            if record := read_record(self.settings, number):
+            if record := records.read_record(self.settings, number):
                 others |= record.side_outputs.keys() - set(SHARED)
         paths = [path for pattern in SIDE_OUTPUTS for path in sorted(self.folder.glob(pattern)) if path.is_file()]
         names = {path.relative_to(self.folder).as_posix(): path for path in paths}
@@ -217,7 +205,7 @@ class Run(Experiment):
         """The sealed protocol promises that the test set only fills the tables: each reading is on record."""
         path = self.folder / "test_readings.jsonl"
         with raise_on_write_error(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(time=now(), stage=self.stage.stem, purpose=purpose)) + "\n")
+            file.write(json.dumps(dict(time=records.now(), stage=self.stage.stem, purpose=purpose)) + "\n")
 
 
 def peak_memory() -> int:

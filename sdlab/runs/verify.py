@@ -24,21 +24,10 @@ from sdlab.runs.files import (
     sha256_of_bytes,
     sha256_of_file,
 )
-from sdlab.runs.records import (
-    SEARCHES,
-    STAGES,
-    WRITES,
-    FileHash,
-    OlderRun,
-    StageRecord,
-    describe_changes,
-    is_search_extended,
-    read_record,
-    record_digest,
-    settings_differences,
-)
-from sdlab.runs.resume import is_resume_state_intact
+from sdlab.runs.records import FileHash, OlderRun, StageRecord, read_record, record_digest
+from sdlab.runs.resume_states import is_resume_state_intact
 from sdlab.runs.shards import read_manifest, shard_path
+from sdlab.runs.stages import SEARCHES, STAGES, WRITES, describe_changes, is_search_extended, settings_differences
 from sdlab.runs.storage import exported_trial, sqlite_file, stored_trials
 from sdlab.settings import Settings
 

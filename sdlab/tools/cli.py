@@ -21,19 +21,11 @@ from tqdm import tqdm
 
 from sdlab.errors import BadInput, did_you_mean
 from sdlab.paths import project_path, relative_to_project
+from sdlab.runs import records
 from sdlab.runs.files import atomic_write, cannot_write, folder_size, write_errno
-from sdlab.runs.parameters import from_yaml, read_parameters
-from sdlab.runs.records import (
-    STAGES,
-    Reason,
-    Stage,
-    State,
-    check_stage,
-    environment_change,
-    read_record,
-    stage_state,
-)
-from sdlab.settings import Settings, parameter_file
+from sdlab.runs.parameters import from_yaml, parameter_file, read_parameters
+from sdlab.runs.stages import STAGES, Reason, Stage, State, check_stage, stage_state
+from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
 
 
@@ -155,7 +147,7 @@ def run(settings: Settings, until: str, redo: str | None) -> None:
             seconds = execute_notebook(settings, stage)
             executed += 1
             click.echo(f"{stage.stem:<24} {seconds:7.1f} s")
-            if note := environment_change(read_record(settings, stage.number)):
+            if note := records.environment_change(records.read_record(settings, stage.number)):
                 click.echo(note, err=True)
     if until == max(STAGES):
         publish(settings)

@@ -22,7 +22,8 @@ from sdlab.paths import PARAMS, PROJECT_ROOT, is_file, relative_to_project
 from sdlab.runs.files import atomic_write
 from sdlab.runs.locks import Lock
 from sdlab.runs.parameters import read_parameters
-from sdlab.runs.records import STAGES, Stage, record_notebook, record_path
+from sdlab.runs.records import record_notebook, record_path
+from sdlab.runs.stages import STAGES, Stage
 from sdlab.settings import Settings
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -158,7 +159,7 @@ def save_executed_copy(settings: Settings, stage: Stage, output: Path) -> Path |
     with atomic_write(copy) as temporary:
         temporary.write_text(text, encoding="utf-8")
     if stage.number in STAGES:
-        record_notebook(settings, stage, copy)
+        record_notebook(settings, stage.number, copy)
     return copy
 
 

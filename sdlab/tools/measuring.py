@@ -12,10 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sdlab.base_models import BaseModel
+from sdlab.base_models import BaseModel, device_of
 from sdlab.classifier import ClassifierRecipe, train_classifier
 from sdlab.classifier import predict as classify
 from sdlab.data.images import DatasetFacts, Split
+from sdlab.data.model_files import PARTS, PINNED, SHAPES, read_configs
+from sdlab.devices import choose_precision
 from sdlab.errors import BadInput
 from sdlab.generation import count_parallel_batches
 from sdlab.settings import Settings
@@ -28,25 +30,12 @@ FEW = 8  # but at least to this size: smaller batches say little about larger on
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of each operation on this device, and bytes. `nan` bytes: not measured on this system."""
+    """The costs of each operation on this device. `nan` bytes: not measured on this system."""
 
     device: str
-    seconds_per_pass: float
-    seconds_per_decoding: float
-    seconds_per_encoding: float
-    seconds_per_class_encoder_step: float
-    seconds_per_unet_step: float
-    trial_image: float  # seconds of a trial's classifier for one image, once in training
-    trial_validation: float  # and for classifying one
-    cell_image: float  # the same for a cell's classifiers
-    cell_validation: float
-    generating_bytes: float
-    class_encoder_bytes: float
-    unet_bytes: float
-    unet_parameters: int
-    encoder_parameters: int
-    table_numbers: int
-    latent_numbers: int
+    seconds: dict[str, float]  # by operation
+    memory: dict[str, float]  # bytes: "generating"; by number, those of a notebook that trains
+    sizes: dict[str, int]  # numbers in "unet", "encoder" (its weights), "table" (an epoch's), "latent" (an image's)
 
 
 class Meter:
@@ -178,7 +167,7 @@ class Operations:
 
 def measure(settings: Settings, facts: DatasetFacts, base: BaseModel) -> Costs:
     """Time one of each operation on `base.device`. Leaves the base model as it was."""
-    from sdlab.pipeline import DECODE_BATCH
+    from sdlab.diffusion_pipeline import DECODE_BATCH
 
     s, device, unet, shard = settings, base.device, base.unet, settings.shard_size
     op = Operations(settings, facts, base)
@@ -201,29 +190,33 @@ def measure(settings: Settings, facts: DatasetFacts, base: BaseModel) -> Costs:
         unet.num_parameters(),
         op.encoder.num_parameters(),
     )
-    trial_image, trial_validation = classifier_costs(s, facts, s.search_classifier_seeds, device)
-    cell_image, cell_validation = classifier_costs(s, facts, s.classifier_seeds, device)
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{device} ({torch.get_num_threads()} threads)"
+    seconds = {
+        "passes": denoising.seconds,
+        "images": decoding.seconds,
+        "encoded": encoding.seconds,
+        "class_encoder steps": conditioning.seconds * s.class_encoder_batch_size + adam * encoder_numbers,
+        "unet steps": tuning.seconds * s.unet_batch_size + adam * numbers,
+    }
+    for whose, seeds in (("trial", s.search_classifier_seeds), ("cell", s.classifier_seeds)):
+        seconds[f"{whose} images"], seconds[f"{whose} validations"] = classifier_costs(s, facts, seeds, device)
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
+    )
     return Costs(
         device=f"{name}, {str(base.dtype).removeprefix('torch.')}",
-        seconds_per_pass=denoising.seconds,
-        seconds_per_decoding=decoding.seconds,
-        seconds_per_encoding=encoding.seconds,
-        seconds_per_class_encoder_step=conditioning.seconds * s.class_encoder_batch_size + adam * encoder_numbers,
-        seconds_per_unet_step=tuning.seconds * s.unet_batch_size + adam * numbers,
-        trial_image=trial_image,
-        trial_validation=trial_validation,
-        cell_image=cell_image,
-        cell_validation=cell_validation,
-        generating_bytes=held + max(denoising.bytes(2 * shard), decoding.bytes(min(DECODE_BATCH, shard))),
-        class_encoder_bytes=held + conditioning.bytes(s.class_encoder_batch_size) + 16 * encoder_numbers,
-        # Fine-tuning holds no frozen UNet: float32 weights, gradients, and two moments each.
-        unet_bytes=held - unet.dtype.itemsize * numbers + 16 * numbers + tuning.bytes(s.unet_batch_size),
-        unet_parameters=numbers,
-        encoder_parameters=encoder_numbers,
-        table_numbers=(facts.num_classes + 1) * base.tokens * base.width,
-        latent_numbers=base.latent_channels * op.side**2,
+        seconds=seconds,
+        memory={
+            "generating": held + max(denoising.bytes(2 * shard), decoding.bytes(min(DECODE_BATCH, shard))),
+            "01": held + conditioning.bytes(s.class_encoder_batch_size) + 16 * encoder_numbers,
+            # Fine-tuning holds no frozen UNet: float32 weights, gradients, and two moments each.
+            "03": held - unet.dtype.itemsize * numbers + 16 * numbers + tuning.bytes(s.unet_batch_size),
+        },
+        sizes=dict(
+            unet=numbers,
+            encoder=encoder_numbers,
+            table=(facts.num_classes + 1) * base.tokens * base.width,
+            latent=base.latent_channels * op.side**2,
+        ),
     )
 
 
@@ -269,3 +262,31 @@ def classifier_costs(s: Settings, facts: DatasetFacts, seeds: int, device: torch
 def random_split(count: int, size: int) -> Split:
     rng = np.random.default_rng(0)
     return Split(rng.integers(0, 256, (count, 3, size, size), np.uint8), np.zeros(count, np.int64))
+
+
+def load_without_weights(settings: Settings) -> BaseModel:
+    """A base model of the right size with zeros for weights: a plan can be made before gigabytes are fetched.
+
+    Raises `BadInput` for a model whose configs are not in `shapes/`.
+    """
+    import diffusers
+
+    if settings.base_model not in PINNED:
+        raise BadInput(
+            f"The base model {settings.base_model} is not on this machine, so its size is unknown: fetch it first (run "
+            f"notebook 00), or plan with {' or '.join(PINNED)}."
+        )
+    device, folder = device_of(settings), SHAPES / settings.base_model.rpartition("/")[2]
+    dtype, (unet, vae, scheduler, text_encoder) = (
+        choose_precision(settings.precision, device),
+        read_configs(folder),
+    )
+    source, tokens = f"{settings.base_model}, zeros for weights", text_encoder["max_position_embeddings"]
+    base = BaseModel(source, folder, device, dtype, vae, unet, scheduler, tokens, {})
+    for part, config, precision in (("vae", vae, torch.float32), ("unet", unet, dtype)):
+        with torch.device("meta"):
+            model = getattr(diffusers, PARTS[part]).from_config(config)
+        zeros = {name: torch.zeros(t.shape, dtype=precision, device=device) for name, t in model.state_dict().items()}
+        model.load_state_dict(zeros, assign=True)
+        base.__dict__[part] = model.requires_grad_(False).eval()
+    return base

@@ -8,54 +8,35 @@ import dataclasses
 import itertools
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import optuna
 import torch
 
-from sdlab.base_models import BaseModel, load_base_model, load_without_weights
+from sdlab.base_models import BaseModel, load_base_model
 from sdlab.data.images import DatasetFacts
 from sdlab.data.model_files import is_available_locally
 from sdlab.evaluation import load_optimum
 from sdlab.report.costs import planned_settings
-from sdlab.runs.records import STAGES, read_record
+from sdlab.runs.files import free_space
+from sdlab.runs.records import read_record
 from sdlab.runs.run import Experiment
+from sdlab.runs.stages import STAGES
 from sdlab.runs.studies import study_name
 from sdlab.sampling_config import SamplingConfig
 from sdlab.search import first_search_space, new_pruner
 from sdlab.settings import Settings
-from sdlab.tools.measuring import Costs, measure
+from sdlab.tools.measuring import Costs, load_without_weights, measure
 
 GB = 1e9
 
 
-@dataclass
-class Work:
-    """The work of one notebook. Images are generated ones; a pass is one image through the UNet once."""
-
-    images: float = 0
-    passes: float = 0
-    encoded: int = 0
-    class_encoder_steps: int = 0
-    unet_steps: int = 0
-    trial_images: float = 0  # seen by the trials' classifiers in training, each time counted
-    trial_validations: float = 0  # images that they classify
-    cell_images: float = 0  # the same for the classifiers of cells and finalists
-    cell_validations: float = 0
-
-    @property
-    def steps(self) -> int:
-        return round(self.class_encoder_steps + self.unet_steps)
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-    def __mul__(self, factor: float) -> "Work":
-        return Work(*(factor * a for a in dataclasses.astuple(self)))
+# The work of a notebook: how often each operation of `measure` is made. "images" are generated (and decoded) ones; a pass is
+# one image through the UNet once; "trial images" are those that the trials' classifiers see in training, each time
+# counted, "trial validations" those that they classify; "cell ..." the same for the classifiers of cells and finalists.
+Work = Counter
 
 
 def workload(settings: Settings, facts: DatasetFacts, most: bool = False, pruning: bool = True) -> dict[str, Work]:
@@ -67,7 +48,7 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
     s, steps = settings, inference_steps(settings, most)
 
     def generated(images: float, steps: float) -> Work:
-        return Work(images=images, passes=(1 + s.guidance_stop - s.guidance_start) * images * steps)
+        return Work({"images": images, "passes": (1 + s.guidance_stop - s.guidance_start) * images * steps})
 
     def cell(steps: float) -> Work:
         return generated(s.search_images, steps) + classifier_work(s, facts, s.search_images)
@@ -79,10 +60,10 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
         for visit in visits:
             for last, rung in itertools.pairwise([0, *s.rungs()]):
                 trial = generated(rung - last, steps[name]) + classifier_work(s, facts, rung, "trial")
-                total += trial * (visit[rung] / len(visits))
+                total += scaled(trial, visit[rung] / len(visits))
         if s.search_finalists > 1:
             finalist = generated(s.search_images, steps[name]) + classifier_work(s, facts, s.search_images, "finalist")
-            total += finalist * (s.search_finalists + (name == "search_2"))
+            total += scaled(finalist, s.search_finalists + (name == "search_2"))
         return total
 
     scaling = generated(s.scaling_max * facts.train, steps["optimum_2"]) + classifier_work(s, facts, facts.train)
@@ -91,12 +72,17 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
     encoder_steps = s.class_encoder_epochs * math.ceil(facts.train / s.class_encoder_batch_size)
     unet_steps = s.unet_epochs * math.ceil(facts.train / s.unet_batch_size)
     return {
-        "01": cell(s.default_num_inference_steps) + Work(encoded=facts.train, class_encoder_steps=encoder_steps),
+        "01": cell(s.default_num_inference_steps)
+        + Work({"encoded": facts.train, "class_encoder steps": encoder_steps}),
         "02": cell(steps["optimum_1"]) + search("search_1", s.search_1_trials),
-        "03": cell(steps["optimum_1"]) + Work(unet_steps=unet_steps),
+        "03": cell(steps["optimum_1"]) + Work({"unet steps": unet_steps}),
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
         "05": scaling,
     }
+
+
+def scaled(work: Work, factor: float) -> Work:
+    return Work({operation: factor * count for operation, count in work.items()})
 
 
 def inference_steps(s: Settings, most: bool) -> dict[str, float]:
@@ -120,10 +106,10 @@ def classifier_work(s: Settings, facts: DatasetFacts, images: float, kind: str =
     seen = (
         s.classifier_train_steps * s.classifier_batch_size if s.classifier_train_steps else s.classifier_epochs * images
     )
-    trained, validated = seeds * seen, seeds * (s.classifier_epochs * facts.val + scored)
-    if kind == "trial":
-        return Work(trial_images=trained, trial_validations=validated)
-    return Work(cell_images=trained, cell_validations=validated)
+    whose = "trial" if kind == "trial" else "cell"
+    return Work(
+        {f"{whose} images": seeds * seen, f"{whose} validations": seeds * (s.classifier_epochs * facts.val + scored)}
+    )
 
 
 def finished_optimum(settings: Settings, search: str) -> SamplingConfig | None:
@@ -165,21 +151,20 @@ def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = 
     costs = measure(settings, facts, base)
     expected, most = workload(settings, facts), workload(settings, facts, most=True)
     unpruned = workload(settings, facts, pruning=False)
-    training = {"01": costs.class_encoder_bytes, "03": costs.unet_bytes}
     rows = {
         number: dict(
             notebook=STAGES[number].stem,
-            images=round(work.images),
-            steps=work.steps,
+            images=round(work["images"]),
+            steps=round(work["class_encoder steps"] + work["unet steps"]),
             hours=seconds(work, costs) / 3600,
             hours_at_most=seconds(most[number], costs) / 3600,
-            pruning_saves=1 - work.images / unpruned[number].images,
+            pruning_saves=1 - work["images"] / unpruned[number]["images"],
             disk_gb=disk(settings, facts, costs, number, work) / GB,
-            memory_gb=max(costs.generating_bytes, training.get(number, 0.0)) / GB,
+            memory_gb=max(costs.memory["generating"], costs.memory.get(number, 0.0)) / GB,
         )
         for number, work in expected.items()
     }
-    fetched = 0.0 if here else (4 * costs.unet_parameters + 4 * base.vae.num_parameters()) / GB
+    fetched = 0.0 if here else 4 * (costs.sizes["unet"] + base.vae.num_parameters()) / GB
     made = dict(
         settings=planned_settings(settings),
         experiment=settings.experiment,
@@ -189,55 +174,38 @@ def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = 
         training_images=facts.train,
         remarks=list(facts.remarks),
         classes=facts.num_classes,
-        unet_parameters=costs.unet_parameters,
+        unet_parameters=costs.sizes["unet"],
         rows=rows,
-        hours=sum(row["hours"] for row in rows.values()),
-        hours_at_most=sum(row["hours_at_most"] for row in rows.values()),
-        disk_gb=sum(row["disk_gb"] for row in rows.values()),
-        disk_peak_gb=sum(row["disk_gb"] for row in rows.values()) + 12 * costs.unet_parameters / GB + fetched,
         fetched_gb=fetched,
         memory_gb=max(row["memory_gb"] for row in rows.values()),
         costs=dataclasses.asdict(costs),
     )
+    made |= {name: sum(row[name] for row in rows.values()) for name in ("hours", "hours_at_most", "disk_gb")}
+    made["disk_peak_gb"] = made["disk_gb"] + 12 * costs.sizes["unet"] / GB + fetched
     return made | dict(warnings=warnings(settings, made, base.device))
 
 
-def seconds(work: Work, c: Costs) -> float:
-    return (
-        work.passes * c.seconds_per_pass
-        + work.images * c.seconds_per_decoding
-        + work.encoded * c.seconds_per_encoding
-        + work.class_encoder_steps * c.seconds_per_class_encoder_step
-        + work.unet_steps * c.seconds_per_unet_step
-        + work.trial_images * c.trial_image
-        + work.trial_validations * c.trial_validation
-        + work.cell_images * c.cell_image
-        + work.cell_validations * c.cell_validation
-    )
+def seconds(work: Work, costs: Costs) -> float:
+    return sum(count * costs.seconds[operation] for operation, count in work.items())
 
 
-def disk(s: Settings, facts: DatasetFacts, c: Costs, number: str, work: Work) -> float:
+def disk(s: Settings, facts: DatasetFacts, costs: Costs, number: str, work: Work) -> float:
     """Bytes of a notebook's files: uint8 images; latent moments, class tables, the encoder's resume state; half-precision UNets
     and one full-precision state (weights and Adam's moments)."""
-    images = work.images * 3 * s.image_size**2
+    images, sizes = work["images"] * 3 * s.image_size**2, costs.sizes
     if number == "01":
         return (
             images
-            + 4 * c.latent_numbers * facts.train
-            + 4 * c.table_numbers * s.class_encoder_epochs
-            + 12 * c.encoder_parameters
+            + 4 * sizes["latent"] * facts.train
+            + 4 * sizes["table"] * s.class_encoder_epochs
+            + 12 * sizes["encoder"]
         )
-    if number == "03":
-        return images + 2 * c.unet_parameters * s.unet_epochs + 12 * c.unet_parameters
-    return images
+    return images + (2 * s.unet_epochs + 12) * sizes["unet"] if number == "03" else images
 
 
 def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
     """A sentence for each resource that will not suffice."""
-    found, folder = [], s.run_folder
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / GB
+    found, free = [], free_space(s.run_folder) / GB
     if made["disk_peak_gb"] > free:
         found.append(
             f"Disk: up to {made['disk_peak_gb']:.1f} GB are needed and {free:.1f} GB are free: let `runs_root` point to a larger disk, "
@@ -246,7 +214,7 @@ def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
     if device.type == "cuda":
         memory = (
             torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        ) / GB  # cached by this process
+        ) / GB  # reserved by this process
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     if made["memory_gb"] > memory:

@@ -9,8 +9,9 @@ from sdlab.paths import relative_to_project
 from sdlab.runs.aside import files_of_stages, move_aside, new_aside_folder
 from sdlab.runs.files import is_inside
 from sdlab.runs.locks import Lock
-from sdlab.runs.records import SEARCHES, STAGES, downstream_stages
 from sdlab.runs.run import Experiment
+from sdlab.runs.shards import read_manifest
+from sdlab.runs.stages import SEARCHES, STAGES, downstream_stages
 from sdlab.runs.verify import Action, verify
 from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
@@ -61,13 +62,32 @@ def repair(settings: Settings, path: str, experiment: str) -> str:
         if finding.repair.stage:
             execute_notebook(settings, STAGES[finding.repair.stage])
         else:
-            from sdlab.base_models import load_base_model  # torch and diffusers are slow to import
-            from sdlab.data.datasets import load_dataset
-            from sdlab.generation import regenerate_shards
-
-            run = Experiment(settings, load_dataset(settings), load_base_model(settings))
-            regenerate_shards(run, PurePosixPath(target).parts[1])
+            regenerate_shards(settings, PurePosixPath(target).parts[1])
     what = f"{target} was moved to {relative_to_project(folder)}/aside/" if existed else f"{target} did not exist"
     if any(f.path == target or f.path.startswith(f"{target}/") for f in verify(settings)[0]):
         raise BadInput(f"{what}, and the new one differs from it: device, threads or versions differ.")
     return f"{what}; it was made again, with the same content."
+
+
+def regenerate_shards(settings: Settings, key: str) -> None:
+    """Make the missing shards that a set's manifest names. Raises `BadInput` if its inputs have changed.
+
+    Opens no stage: the result is byte for byte the former one, or is refused by its hash.
+    """
+    from sdlab.base_models import load_base_model  # torch is slow to import
+    from sdlab.data.datasets import load_dataset
+    from sdlab.generation import generate, plan_generation, real_labels
+    from sdlab.sampling_config import SamplingConfig, load_pipeline
+
+    run = Experiment(settings, load_dataset(settings), load_base_model(settings))
+    folder = run.folder / "synthetic" / key
+    manifest = read_manifest(folder)
+    config, drawn = SamplingConfig(**manifest["made_from"]["config"]), manifest["made_from"]["labels"]
+    labels = real_labels(run.data.train.labels) if drawn == "real" else None
+    plan = plan_generation(run, config, manifest["plan"]["seed"], labels)
+    if plan.key() != key:
+        raise BadInput(
+            f"{folder} was made from other weights, data or settings than those of now: its shards cannot be made again."
+        )
+    count = len(manifest["shards"]) * plan.shard_size
+    generate(load_pipeline(run, config), plan, folder.parent, count, run.progress, "repair")

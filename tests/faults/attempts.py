@@ -23,7 +23,7 @@ import yaml
 from sdlab import evaluation, generation, latents, search, training
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
-from sdlab.runs.records import STAGES
+from sdlab.runs.stages import STAGES
 from sdlab.settings import Settings
 
 TESTS = Path(__file__).parents[1]

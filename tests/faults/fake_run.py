@@ -11,9 +11,10 @@ from safetensors.numpy import save_file
 
 from sdlab.runs.checkpoints import checkpoint_sha
 from sdlab.runs.files import sha256_of_file, write_hashed_json, write_json
-from sdlab.runs.records import STAGES, FileHash, StageRecord, read_record, record_digest, record_notebook, write_record
-from sdlab.runs.resume import state_digest
+from sdlab.runs.records import FileHash, StageRecord, read_record, record_digest, record_notebook, write_record
+from sdlab.runs.resume_states import state_digest
 from sdlab.runs.shards import shard_path
+from sdlab.runs.stages import STAGES
 from sdlab.settings import Settings
 
 CLASSES, KEY = ("left", "right"), "0123456789abcdef"
@@ -59,7 +60,7 @@ def write_run(settings: Settings) -> Path:
     notebook = folder / "notebooks" / "07_paper_tables.ipynb"
     notebook.parent.mkdir()
     notebook.write_text("{}")
-    record_notebook(settings, STAGES["07"], notebook)
+    record_notebook(settings, "07", notebook)
     return folder
 
 

@@ -42,7 +42,7 @@ from sdlab.data.saved_images import images_file, load_saved
 from sdlab.errors import BadInput, brief
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import read_hashed_json, sha256_of_file, sha256_of_json
-from sdlab.runs.resume import TrainingPosition, load_resume_state, save_resume_state
+from sdlab.runs.resume_states import TrainingPosition, load_resume_state, save_resume_state
 from sdlab.runs.shards import read_shards
 from sdlab.runs.verify import is_resume_state_intact, verify
 from sdlab.settings import Settings

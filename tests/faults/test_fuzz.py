@@ -31,8 +31,9 @@ from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.checkpoints import checkpoint_sha
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_file, sha256_of_json
 from sdlab.runs.parameters import from_yaml
-from sdlab.runs.records import STAGES, read_record, stage_state
+from sdlab.runs.records import read_record
 from sdlab.runs.shards import read_shards
+from sdlab.runs.stages import STAGES, stage_state
 from sdlab.runs.verify import Finding, verify
 from sdlab.settings import Settings
 

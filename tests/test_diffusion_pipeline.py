@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdlab.class_encoder import ClassEncoder, with_projected_conditions
+from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
-from sdlab.pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.schedulers import make_scheduler
 
 REFERENCE = PROJECT_ROOT / ".venv" / "reference"

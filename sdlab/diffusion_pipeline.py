@@ -8,26 +8,16 @@ Classifier-free guidance (Ho and Salimans 2022; docs/method.md, item 15) is in `
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 
 from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.errors import BadInput
 from sdlab.seeds import generator
 
 DECODE_BATCH = 64  # images decoded at once: decoding needs far more memory an image than denoising
-
-
-@dataclass
-class ClassConditionalOutput(BaseOutput):
-    """`images`: PIL images, or an array or tensor, as `output_type` asks."""
-
-    images: list | np.ndarray | torch.Tensor
 
 
 class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
@@ -64,8 +54,8 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         after_step: Callable[[], None] | None = None,
-    ) -> ClassConditionalOutput | tuple:
-        """Generate one image for each label.
+    ) -> ImagePipelineOutput | tuple:
+        """Generate one image for each label: `images` of the result, as `output_type` asks.
 
         Args:
             labels: n class indices, 0 ... num_classes - 1.
@@ -115,7 +105,7 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode(latents)
         if output_type in ("pil", "np"):
             images = self.image_processor.postprocess(images, output_type=output_type)
-        return ClassConditionalOutput(images) if return_dict else (images,)
+        return ImagePipelineOutput(images) if return_dict else (images,)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, channels, h, w) -> images (n, 3, height, width) in [-1, 1], float32."""
