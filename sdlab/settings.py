@@ -209,6 +209,7 @@ class Settings:
             name: dict(value=value, paper=deviations[name][1] if name in deviations else "", meaning=texts[name])
             for name, value in self.of_stage(number).items()
         }
+        pd.options.display.max_colwidth = 100  # the meanings are whole sentences
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("setting")
 
     def rungs(self) -> list[int]:

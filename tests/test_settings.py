@@ -184,3 +184,13 @@ def test_every_setting_says_what_it_is_and_which_stages_depend_on_it():
 def test_rungs_end_at_the_whole_trial(first, images, factor, rungs):
     given = dict(search_first_images=first, search_images=images, search_reduction_factor=factor, shard_size=5)
     assert Settings.from_mapping(GIVEN | given).rungs() == rungs
+
+
+def test_a_notebook_shows_its_settings_beside_the_papers_values_with_their_whole_meanings():
+    settings = Settings.from_mapping(dict(experiment="x", dataset="digits", unet_epochs=3))
+    shown = settings.show("03")
+    assert list(shown.index) == list(settings.of_stage("03"))
+    assert (
+        shown.loc["unet_epochs"].tolist() == [3, 10, "epochs of stage 3"] and shown.loc["weight_decay", "paper"] == ""
+    )
+    assert "float32 on a CPU, bfloat16 or float16 on a GPU</td>" in shown.to_html()

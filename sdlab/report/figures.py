@@ -59,9 +59,9 @@ def plot_search(search: Mapping) -> Figure:
     """CAS of each trial at every rung it reached; the best so far as a line."""
     rungs, counts = trials_table(search).set_index("number").filter(like="CAS@"), search["counts"]
     title = f"{search['study']}: {counts['pruned']} of {counts['trials']} trials pruned"
-    ax = rungs.plot(style="o", alpha=0.7, figsize=(7, 3), grid=True, xlabel="trial", ylabel="CAS (%)", title=title)
+    ax = rungs.plot(style="o", alpha=0.7, figsize=(7, 3), ylabel="CAS (%)", title=title)
     best = rungs.iloc[:, -1].cummax().ffill().rename("best so far")
-    best.plot(ax=ax, color="black", lw=1, drawstyle="steps-post", legend=True)
+    best.plot(ax=ax, color="black", lw=1, drawstyle="steps-post", legend=True, grid=True, xlabel="trial")
     return ax.figure
 
 
@@ -85,7 +85,10 @@ def plot_recall(cells: Mapping[str, Mapping], data: ImageDataset) -> Figure:
     """Recall of each class on the test set for several training sets."""
     recall = {name: cell["test"]["recall"] for name, cell in cells.items()}
     table = 100 * pd.DataFrame(recall, index=data.class_names, dtype=float)
-    return table.plot.bar(figsize=(7, 3.2), rot=0, ylabel="recall (%)", ylim=(0, 105)).figure
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    table.plot.bar(ax=ax, rot=0, ylabel="recall (%)", ylim=(0, 105), legend=False)
+    figure.legend(**ABOVE)
+    return figure
 
 
 def plot_scaling(table: pd.DataFrame, title: str) -> Figure:

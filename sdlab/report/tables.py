@@ -17,6 +17,10 @@ from sdlab.settings import Settings
 # The cells of Table 1, and under which name the paper prints the generation time of each.
 STAGES_OF_TABLE_1 = {"after_1": "after_1", "after_2": "after_2_or_3", "after_3": "after_2_or_3", "after_4": "after_4"}
 
+# Columns that fit a notebook's page.
+SHOWN = ("cas", "deviation", "standard_error", "validation", "balanced", "worst_class_recall", "images",
+         "num_inference_steps", "guidance_scale", "seconds")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class FinishedExperiment:
@@ -80,7 +84,8 @@ def cas_text(row: pd.Series) -> str:
 
 def scores_table(cells: Sequence[Mapping]) -> pd.DataFrame:
     """Scored training sets, a row each: mean and deviation over classifier seeds, and what plain accuracy can hide."""
-    return pd.DataFrame([dict(cell=cell["title"]) | cell_numbers(cell) for cell in cells]).set_index("cell").round(2)
+    table = pd.DataFrame([dict(cell=cell["title"]) | cell_numbers(cell) for cell in cells]).set_index("cell")
+    return table[[column for column in SHOWN if column in table]].round(2)
 
 
 def score_table(cell: Mapping, data: ImageDataset) -> pd.DataFrame:
