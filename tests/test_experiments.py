@@ -87,7 +87,8 @@ def check_plan(settings: Settings, training_images: int) -> None:
         assert most[number]["images"] == found["images"]["without_pruning"] + scored_anew + settings.search_images
         rungs = sum(len(trial["intermediate"]) for trial in found["trials"])
         assert (
-            most[number].trial_images >= rungs * settings.search_classifier_seeds * settings.classifier_train_steps * 32
+            most[number]["trial images"]
+            >= rungs * settings.search_classifier_seeds * settings.classifier_train_steps * 32
         )
 
 
