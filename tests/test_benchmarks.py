@@ -15,9 +15,9 @@ import yaml
 from conftest import ENVIRONMENT, SMOKE
 from test_diffusion_pipeline import REFERENCE
 
-from sdlab import base_models
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
+from sdlab.tools import measuring
 
 sys.path.insert(0, str(PROJECT_ROOT / "benchmarks"))
 from comparison import BenchmarkSettings, compare, save_results, time_in_turn
@@ -114,8 +114,8 @@ def test_the_shares_of_a_pass_add_up(settings, base, monkeypatch):
 
 def test_missing_weights_are_random_ones_of_the_right_size(settings, base, base_folder, tmp_path, monkeypatch):
     shutil.copytree(base_folder, tmp_path / "shapes" / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr(base_models, "SHAPES", tmp_path / "shapes")
-    monkeypatch.setitem(base_models.PINNED, "owner/model", "0" * 40)
+    monkeypatch.setattr(measuring, "SHAPES", tmp_path / "shapes")
+    monkeypatch.setitem(measuring.PINNED, "owner/model", "0" * 40)
     random = base_model_to_time(dataclasses.replace(settings, base_model="owner/model"))
     assert random.unet.num_parameters() == base.unet.num_parameters()
     assert all(p.isfinite().all() and p.std() > 0 for p in random.unet.parameters() if p.numel() > 1)
