@@ -19,10 +19,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from test_training import DiesAt, Killed
 
-from sdlab import base_models
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder
 from sdlab.data.images import ImageDataset, Split
+from sdlab.data.model_files import SHAPES
 from sdlab.generation import generate, plan_generation
 from sdlab.latents import encode_training_set
 from sdlab.runs.checkpoints import load_checkpoint
@@ -56,7 +56,7 @@ def folder():
 
 def write_stable_diffusion(folder: Path) -> Path:
     """SD 2.0's configs, random weights, diffusers' format."""
-    shutil.copytree(base_models.SHAPES / "stable-diffusion-2-base", folder)
+    shutil.copytree(SHAPES / "stable-diffusion-2-base", folder)
     torch.manual_seed(0)
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         kind.from_config(json.loads((folder / part / "config.json").read_text())).save_pretrained(folder / part)
