@@ -96,7 +96,7 @@ def test_sharded_and_fp16_weights_are_loaded_and_hashed(settings, base, base_fol
     unet_files = {name for name in other.sha256 if name.startswith("unet/")}
     assert unet_files == {f"unet/{p.name}" for p in (folder / "unet").glob("*.safetensors")}
     assert (len(unet_files) > 1) == ("max_shard_size" in form)
-    assert half == any(".fp16." in name for name in unet_files)
+    assert half == any("fp16" in name for name in unet_files)
 
 
 def test_full_precision_is_taken_before_fp16(settings, base, base_folder, tmp_path):

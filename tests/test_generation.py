@@ -17,6 +17,7 @@ from sdlab.generation import (
     generate_images,
     real_labels,
 )
+from sdlab.runs.shards import shard_path
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
 
@@ -97,7 +98,7 @@ def test_images_are_those_of_their_own_seeds(pipeline, tmp_path):
 def test_a_missing_shard_is_made_again_the_same(pipeline, tmp_path):
     made = generate(pipeline, plan(), tmp_path, 12)
     before = shards(made)
-    made.shard(1).unlink()
+    shard_path(made.folder, 1).unlink()
     with pytest.raises(BadInput, match=r"shard_00001\.safetensors is missing"):
         made.split(12)
     assert shards(generate(pipeline, plan(), tmp_path, 12)) == before
@@ -105,9 +106,9 @@ def test_a_missing_shard_is_made_again_the_same(pipeline, tmp_path):
 
 def test_a_damaged_shard_is_refused_by_name(pipeline, tmp_path):
     made = generate(pipeline, plan(), tmp_path, 8)
-    content = bytearray(made.shard(1).read_bytes())
+    content = bytearray(shard_path(made.folder, 1).read_bytes())
     content[-1] ^= 1
-    made.shard(1).write_bytes(content)
+    shard_path(made.folder, 1).write_bytes(content)
     with pytest.raises(BadInput, match=r"shard_00001\.safetensors is truncated or altered"):
         made.split(8)
     assert len(made.split(4)) == 4
@@ -178,7 +179,7 @@ def test_a_shard_holds_its_labels(pipeline, tmp_path):
     from safetensors.numpy import load_file
 
     made = generate(pipeline, plan(), tmp_path, 8)
-    assert load_file(made.shard(1))["labels"].tolist() == [1, 2, 0, 1]
+    assert load_file(shard_path(made.folder, 1))["labels"].tolist() == [1, 2, 0, 1]
     assert "labels" not in made.manifest["plan"]
     assert made.split(7).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]  # read from the shards
 
