@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from sdlab.base_models import BaseModel, load_base_model
 from sdlab.data.images import ImageDataset, Split
+from sdlab.runs.files import file_lock
 from sdlab.runs.records import StageRecord
 from sdlab.settings import Settings
 
@@ -142,20 +144,32 @@ def data() -> ImageDataset:
     return ImageDataset("bars", "made by the tests", ("left", "middle", "right"), split(48), split(24), split(30))
 
 
+def write_smoke(folder: Path) -> Path:
+    """A parameter file of smoke depth whose runs and reports lie next to it."""
+    places = dict(runs_root=str(folder / "runs"), reports_root=str(folder / "reports"))
+    (folder / "smoke.yaml").write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | places))
+    return folder / "smoke.yaml"
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A parameter file of smoke depth whose runs and reports lie in a folder of their own."""
+    """The folder of such a file."""
     folder = tmp_path_factory.mktemp(ODD_NAME)
-    given = yaml.safe_load(SMOKE.read_text()) | dict(
-        runs_root=str(folder / "runs"), reports_root=str(folder / "reports")
-    )
-    (folder / "smoke.yaml").write_text(yaml.safe_dump(given))
+    write_smoke(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def finished(world):
-    """`sdlab run`, whole. Tests that damage it take a copy."""
-    done = command(BIN / "sdlab", "run", world / "smoke.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return world, done
+def finished(world, tmp_path_factory):
+    """`sdlab run`, whole, and what it printed: made by the worker that asks first, the others copy it. Tests that damage
+    it take a copy, too."""
+    temporary = tmp_path_factory.getbasetemp()
+    shared = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / f"{ODD_NAME} shared"
+    with file_lock(shared / "lock"):
+        if not (shared / "printed.json").exists():
+            done = command(BIN / "sdlab", "run", write_smoke(shared))
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared / "printed.json").write_text(json.dumps([done.args, 0, done.stdout, done.stderr]))
+    for name in ("runs", "reports"):
+        shutil.copytree(shared / name, world / name, dirs_exist_ok=True)
+    return world, subprocess.CompletedProcess(*json.loads((shared / "printed.json").read_text()))

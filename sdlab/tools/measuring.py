@@ -24,7 +24,7 @@ from sdlab.settings import Settings
 from sdlab.threads import map_in_threads
 from sdlab.training import predict
 
-SECONDS = 0.7  # a measurement grows its batch until one call takes this long,
+SECONDS = 0.4  # a measurement grows its batch until one call takes this long,
 FEW = 8  # but at least to this size: smaller batches say little about larger ones
 
 
