@@ -30,7 +30,8 @@ def test_stages_that_are_killed_end_as_if_they_had_not_been(folder):
 def test_a_kill_that_changed_a_byte_would_show(folder):
     """The comparison itself: one bit of a shard."""
     (folder / "kills.jsonl").unlink(missing_ok=True)
-    command(sys.executable, FAULTS / "kills.py", "--folder", folder, "--kills", 0, "--runs", 0)
+    if not (folder / "after_01").exists():  # else the test above has made it
+        command(sys.executable, FAULTS / "kills.py", "--folder", folder, "--kills", 0, "--runs", 0)
     shard = sorted((folder / "after_01").rglob("shard_00000.safetensors"))[0]
     kept = shard.read_bytes()
     try:
