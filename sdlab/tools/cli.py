@@ -188,7 +188,7 @@ def show_tables(settings: Settings) -> None:
 @cli.command()
 @with_settings
 def work(settings: Settings) -> None:
-    """Take trials of the searches beside `sdlab run`: on another GPU (-p device cuda:1), or a machine that shares the folder.
+    """Take trials of the searches next to `sdlab run`: on another GPU (-p device cuda:1), or a machine that shares the folder.
 
     Waits for each search to begin, and ends with the last. A search that several processes share does not repeat.
     """
