@@ -25,21 +25,22 @@ from sdlab.tools import measuring
 from sdlab.tools.planning import workload
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
+# Of seven files in a row: less than smoke.yaml's.
+DEPTH = dict(search_1_trials=3, search_2_trials=2, search_images=20, search_first_images=10, shard_size=10, classifier_train_steps=2)
 KEPT = ("experiment", "dataset", "base_model", "image_size", "base_image_size")  # what smoke.yaml does not decide here
 
 
 def smoke(tmp_path, base_model, **more) -> dict:
     depth = {name: value for name, value in yaml.safe_load(SMOKE.read_text()).items() if name not in KEPT}
     where = {name: str(tmp_path / name) for name in ("data_root", "runs_root", "reports_root")}
-    return depth | where | dict(base_model=str(base_model), base_image_size=16) | more
+    return depth | DEPTH | where | dict(base_model=str(base_model), base_image_size=16) | more
 
 
 def run_all(settings: Settings, tmp_path, until: str = "07") -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for step in (step for step in STAGES.values() if step.number <= until):
         papermill.execute_notebook(
-            NOTEBOOKS / f"{step.stem}.ipynb", tmp_path / f"{step.stem}.ipynb", parameters=settings.as_dict(),
-            engine_name="in-process", progress_bar=False,
+            NOTEBOOKS / f"{step.stem}.ipynb", None, parameters=settings.as_dict(), engine_name="in-process", progress_bar=False,
         )  # fmt: skip
 
 

@@ -102,6 +102,16 @@ def searched(settings, data, trials=24):
         run.lock.release()
 
 
+WHOLE = {}  # searches that nothing cut, by what they depend on: several tests compare with each
+
+
+def whole_search(settings, data, tmp_path, trials=24):
+    key = settings.search_pruner, settings.seed, settings.search_reduction_factor, trials
+    if key not in WHOLE:
+        WHOLE[key] = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, trials)[0]
+    return WHOLE[key]
+
+
 def test_pruning_really_prunes_and_the_best_is_found(world, data):
     settings, _ = world
     found, _ = searched(settings, data)
@@ -140,7 +150,7 @@ def test_a_killed_search_ends_where_the_whole_one_does(world, data, tmp_path, wh
     """Same trials, same states, same optimum, whenever it was cut, before a rung or after the pruner has spoken: a cut
     trial goes on under its own number."""
     settings, log = dataclasses.replace(world[0], search_pruner=pruner), world[1]
-    whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data)
+    whole = whole_search(settings, data, tmp_path)
     log["scored"].clear()
     log[where] = stop_after
     with pytest.raises(KeyboardInterrupt):
@@ -173,7 +183,7 @@ def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
     settings = dataclasses.replace(
         world[0], search_pruner=pruner, search_reduction_factor=2, search_startup_trials=2, seed=seed
     )
-    whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, 8)
+    whole = whole_search(settings, data, tmp_path, 8)
     rng, left, cuts = np.random.default_rng(seed), [0], []
     for name in WRITES:
         original = getattr(_CachedStorage, name)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,11 +80,12 @@ def read_about(path: Path) -> tuple[dict, list[str]]:
         return json.loads(file.metadata()["sdlab"]), sorted(file.keys())
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors one by one. The file is opened for each, so that a large one does not stay mapped in memory as a whole."""
-    for name in names:
+def read_tensors(path: Path, names: Sequence[str], at_a_time: int = 16) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors one by one. The file is opened for a few at a time, so that a large one is not mapped in memory as a whole."""
+    for first in range(0, len(names), at_a_time):
         with safe_open(path, "np") as file:
-            yield name, file.get_tensor(name)
+            for name in names[first : first + at_a_time]:
+                yield name, file.get_tensor(name)
 
 
 def is_resume_state_intact(path: Path) -> bool:

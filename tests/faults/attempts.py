@@ -4,6 +4,7 @@ The folders of an undisturbed run after each stage are where disturbed ones begi
 """
 
 import builtins
+import functools
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import yaml
 from sdlab import evaluation, generation, latents, search, training
 from sdlab.errors import BadInput
 from sdlab.paths import PROJECT_ROOT
+from sdlab.runs.records import read_record
 from sdlab.runs.stages import STAGES
 from sdlab.settings import Settings
 
@@ -163,6 +165,7 @@ def log_work(log: Path, stage: str) -> None:
 # ---------------------------------------------------------------------------------------------------- attempts
 
 
+@functools.cache
 def warm() -> None:
     """Import what every stage imports, once for all children. This process computes nothing and has one thread."""
     sys.path.append(str(TESTS))
@@ -191,6 +194,7 @@ def attempt(
     `at`, `number`: which write is refused, with which errno. `kill_after`: seconds after the stage was opened until it is
     killed; None comes back then.
     """
+    warm()
     read, write = os.pipe()
     record = Settings.from_file(file).run_folder / "records" / f"{stage}.json"
     child = os.fork()
@@ -244,23 +248,23 @@ def run_here(file: Path, stage: str, at: int | None, number: int, log: Path | No
 
 
 def make_stages(folder: Path) -> dict[str, dict]:
-    """The undisturbed run: a copy of it after each stage in `folder/after_NN`. Of each stage its `seconds`, `asked`, `work`.
+    """The undisturbed run: a copy of it after each stage in `folder/after_NN`. Of each stage its `seconds` (since it was
+    opened), `asked`, `work`.
 
     Cached in `folder/stages.json`.
     """
-    warm()
     cached = folder / "stages.json"
     if cached.exists():
         return json.loads(cached.read_text())
     shutil.rmtree(folder / "work", ignore_errors=True)
     file, results = settings_file(folder / "work"), {}
     for stage in NUMBERS:
-        started, log = time.monotonic(), folder / f"work_{stage}.log"
+        log = folder / f"work_{stage}.log"
         log.write_text("")
         ended = attempt(file, stage, log=log)
         assert not ended["said"] and not ended["crash"], ended
-        work = log.read_text().splitlines()
-        results[stage] = dict(seconds=time.monotonic() - started, asked=ended["asked"], work=work)
+        seconds = read_record(Settings.from_file(file), stage).seconds
+        results[stage] = dict(seconds=seconds, asked=ended["asked"], work=log.read_text().splitlines())
         shutil.copytree(folder / "work" / "runs", folder / f"after_{stage}", dirs_exist_ok=True)
     cached.write_text(json.dumps(results))
     return results
