@@ -36,7 +36,7 @@ from sdlab.evaluation import train_and_score_classifiers
 from sdlab.generation import GenerationPlan, generate
 from sdlab.latents import encode_images
 from sdlab.paths import PROJECT_ROOT
-from sdlab.runs.run import Experiment
+from sdlab.runs.experiment import Experiment
 from sdlab.sampling_config import prepare_unet
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed

@@ -5,23 +5,20 @@
 the Classification Accuracy Score of Ravuri and Vinyals 2019 (docs/method.md, item 22). `metrics.py` has all metrics.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from sdlab.classifier import ClassifierRecipe, predict, train_classifier
 from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_labels
 from sdlab.metrics import METRICS, Score, score_predictions, summarize
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
-from sdlab.runs.run import Experiment, Run
+from sdlab.runs.run import Run
 from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
-from sdlab.threads import map_in_threads
 
 
 def train_and_score_classifiers(
@@ -31,6 +28,7 @@ def train_and_score_classifiers(
     splits: Sequence[str],
     desc: str = "classifier",
     searching: bool = False,
+    priority: int = 0,
 ) -> dict[str, list[Score]]:
     """Train one classifier per seed on `train` and score each on real images: split -> a `Score` per seed.
 
@@ -38,40 +36,42 @@ def train_and_score_classifiers(
     work folder under a hash of everything they depend on, so an interrupted run finds them.
     Raises `BadInput` if the memory does not hold a classifier's training.
     """
-    data, device = run.data, choose_device(run.settings.device)
-    recipe = ClassifierRecipe.from_settings(run.settings, searching)
-    # The worker count is kept even when some scores are cached: the thread count changes the last bits.
-    workers = min(len(seeds), torch.get_num_threads()) if device.type == "cpu" else 1
-    cache, counting = run.work_folder and run.work_folder / "classifiers", threading.Lock()
-    made_from = [train.fingerprint(), data.fingerprint(), asdict(recipe), list(splits), METRICS] if cache else []
-    files = [cache / f"{sha256_of_json([*made_from, seed])[:16]}.json" if cache else None for seed in seeds]
-    scores = [
-        [Score.from_json(s) for s in read_hashed_json(file)["scores"]] if file and file.exists() else None
-        for file in files
-    ]
-    missing = [i for i, cached in enumerate(scores) if cached is None]
+    executor, recipe = run.executor, ClassifierRecipe.from_settings(run.settings, searching)
+    # The number at a time is kept even when some scores are cached: the thread count changes the last bits.
+    at_a_time = min(len(seeds), executor.threads) if executor.on_cpu else 1
+    cache = run.work_folder and run.work_folder / "classifiers"
+    made_from = [train.fingerprint(), run.data.fingerprint(), asdict(recipe), list(splits), METRICS] if cache else []
+    files = {seed: cache / f"{sha256_of_json([*made_from, seed])[:16]}.json" if cache else None for seed in seeds}
+    scores = {
+        seed: [Score.from_json(s) for s in read_hashed_json(file)["scores"]]
+        for seed, file in files.items()
+        if file and file.exists()
+    }
+    missing = [seed for seed in seeds if seed not in scores]
 
-    def train_one(i: int, check_cancelled: Callable[[], None]) -> None:
-        def after_epoch() -> None:
-            check_cancelled()
-            with counting:
-                bar.update()
-
-        with raise_on_oom(f"a classifier's training step of {recipe.batch_size} images", remedy):
-            trained = train_classifier(train, data.val, data.num_classes, recipe, seeds[i], device, after_epoch)
-            scores[i] = [
-                score_predictions(predict(trained.model, data.splits[name]), data.splits[name].labels)
-                for name in splits
-            ]
+    def keep(call: tuple, result: list[Score]) -> None:
+        seed = call[1]
+        scores[seed] = result
         if cache:
-            write_hashed_json(files[i], dict(seed=seeds[i], scores=[asdict(s) for s in scores[i]]))
+            write_hashed_json(files[seed], dict(seed=seed, scores=[asdict(s) for s in result]))
 
-    remedy = "take a smaller `classifier_batch_size` in an experiment of its own"
     desc = f"{desc}: {len(seeds)} classifier{'s' if len(seeds) > 1 else ''}"
     done = (len(seeds) - len(missing)) * recipe.epochs
     with run.progress(total=len(seeds) * recipe.epochs, initial=done, desc=desc, unit="epoch") as bar:
-        map_in_threads(train_one, missing, workers)
-    return dict(zip(splits, map(list, zip(*scores, strict=True)), strict=True))
+        calls = [(train, seed, recipe, tuple(splits)) for seed in missing]
+        executor.each(train_and_score, run, calls, keep, bar.update, at_a_time, steps=recipe.epochs, priority=priority)
+    return {split: [scores[seed][i] for seed in seeds] for i, split in enumerate(splits)}
+
+
+def train_and_score(
+    run: Experiment, train: Split, seed: int, recipe: ClassifierRecipe, splits: Sequence[str], on_progress: Callable
+) -> list[Score]:
+    """Train one classifier, and score it on each of the real `splits`. Raises `BadInput` if the memory is too small."""
+    data, device = run.data, choose_device(run.settings.device)
+    remedy = "take a smaller `classifier_batch_size` in an experiment of its own"
+    with raise_on_oom(f"a classifier's training step of {recipe.batch_size} images", remedy):
+        trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, on_progress)
+        return [score_predictions(predict(trained.model, data.splits[n]), data.splits[n].labels) for n in splits]
 
 
 def deciding_split(protocol: str) -> str:

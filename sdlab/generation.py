@@ -6,6 +6,7 @@ a smaller one, a search's higher rung extends the lower one, and x1 ... x10 are 
 work and of resume: its bytes do not depend on how many others are made, by whom, or after how many interruptions.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ import torch
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from sdlab.cluster.executors import InThisProcess
 from sdlab.data.images import Split
 from sdlab.data.pixels import to_uint8
 from sdlab.devices import raise_on_oom
 from sdlab.errors import BadInput
-from sdlab.runs.checkpoints import checkpoint_sha
+from sdlab.runs.checkpoints import checkpoint_hashes, checkpoint_sha, epoch_folder
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import (
     atomic_write,
     check_free_space,
@@ -31,7 +34,6 @@ from sdlab.runs.files import (
     sha256_of_json,
     write_hashed_json,
 )
-from sdlab.runs.run import Experiment
 from sdlab.runs.shards import read_manifest, read_shards, shard_path
 from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.seeds import derive_seed
@@ -112,7 +114,9 @@ class SyntheticSet:
             first = index * self.plan.shard_size
             images[first : first + len(shard_images)] = shard_images
             labels[first : first + len(shard_labels)] = shard_labels
-        return Split(images, labels)
+        hashes = self.manifest["shards"]
+        shards = [(shard_path(self.folder, i), hashes[str(i)]["sha256"]) for i in range(self.shards_for(count))]
+        return Split(images, labels, tuple(shards))
 
     def fingerprint(self, count: int) -> str:
         """One hash of the first `count` images' shards."""
@@ -156,6 +160,7 @@ def generate_set(
     seed: int,
     labels: Sequence[int] | None = None,
     desc: str = "generate",
+    priority: int = 0,
 ) -> SyntheticSet:
     """A set of `count` images below `synthetic/`; shards that exist are not made again."""
     plan = plan_generation(run, config, seed, labels)
@@ -165,7 +170,44 @@ def generate_set(
         base_model=run.base.fingerprint(),
         labels="uniform" if labels is None else "real",
     )
-    return generate(load_pipeline(run, config), plan, run.folder / "synthetic", count, run.progress, desc, made_from)
+    synthetic_set, files = (
+        SyntheticSet(run.folder / "synthetic" / plan.key(), plan, made_from),
+        checkpoint_files(run, config),
+    )
+
+    def make(indices: Sequence[int], *how: Callable) -> None:
+        calls = [(config, plan, index) for index in indices]
+        run.executor.each(make_shard, run, calls, *how, files=files, steps=plan.shard_size, priority=priority)
+
+    try:
+        return complete(synthetic_set, count, make, run.progress, desc)
+    finally:
+        load_pipeline_once.cache_clear()  # its UNet takes memory
+
+
+def checkpoint_files(run: Experiment, config: SamplingConfig) -> list[Path]:
+    """The files of a config's checkpoints."""
+    epochs = {"class_encoder": config.class_encoder_epoch, "unet": config.unet_epoch}
+    folders = [epoch_folder(run.folder / part, epoch) for part, epoch in epochs.items() if epoch]
+    return [folder / name for folder in folders for name in ("manifest.json", *checkpoint_hashes(folder))]
+
+
+load_pipeline_once = functools.lru_cache(maxsize=1)(load_pipeline)  # for all shards of a set
+
+
+def make_shard(
+    run: Experiment, config: SamplingConfig, plan: GenerationPlan, index: int, on_progress: Callable
+) -> tuple[np.ndarray, float]:
+    """The images of one shard, uint8 (shard_size, 3, h, w), and the seconds that they took. Raises `BadInput`."""
+    return make_shard_with(load_pipeline_once(run, config), plan, index, on_progress)
+
+
+def make_shard_with(pipeline, plan: GenerationPlan, index: int, on_progress: Callable) -> tuple[np.ndarray, float]:
+    started, remedy = time.perf_counter(), "take a smaller `shard_size` in an experiment of its own (its images differ)"
+    with raise_on_oom(f"a shard of {plan.shard_size} images of {plan.base_size} px", remedy):
+        indices = range(index * plan.shard_size, (index + 1) * plan.shard_size)
+        images = generate_images(pipeline, plan, indices, on_progress)
+    return images, round(time.perf_counter() - started, 3)
 
 
 def generate(
@@ -177,40 +219,48 @@ def generate(
     desc: str = "generate",
     made_from: dict | None = None,
 ) -> SyntheticSet:
-    """Make the missing shards of the first `count` images below `root/<hash of the plan>/`.
+    """The first `count` images of a plan below `root/<hash of the plan>/`, made in this process.
 
     `made_from` is kept in the manifest. Raises `BadInput` if disk or memory are too small.
     """
-    synthetic_set = SyntheticSet(root / plan.key(), plan, made_from)
+
+    def make(indices: Sequence[int], *how: Callable) -> None:
+        InThisProcess().each(make_shard_with, pipeline, [(plan, index) for index in indices], *how)
+
+    return complete(SyntheticSet(root / plan.key(), plan, made_from), count, make, progress, desc)
+
+
+def complete(synthetic_set: SyntheticSet, count: int, make: Callable, progress: Callable, desc: str) -> SyntheticSet:
+    """Make what the first `count` images lack: `make(indices, write, on_progress)` passes each shard to `write`."""
     if synthetic_set.missing(count):
         with file_lock(synthetic_set.folder / ".lock"):  # two processes may want the same set at once
-            make_shards(pipeline, synthetic_set, count, progress, desc)
+            write_shards(synthetic_set, count, make, progress, desc)
     return synthetic_set
 
 
-def make_shards(pipeline, synthetic_set: SyntheticSet, count: int, progress: Callable, desc: str) -> None:
-    """Make the missing ones of the first `count` images, under the set's lock."""
+def write_shards(synthetic_set: SyntheticSet, count: int, make: Callable, progress: Callable, desc: str) -> None:
+    """Under the set's lock. The manifest names a shard after it was written."""
     plan, folder, manifest = synthetic_set.plan, synthetic_set.folder, synthetic_set.manifest
     wanted, missing = synthetic_set.shards_for(count), synthetic_set.missing(count)
-    remedy = "take a smaller `shard_size` in an experiment of its own (its images differ)"
     check_free_space(folder, len(missing) * plan.shard_size * 3 * plan.image_size**2, f"A set of {count} images")
+
+    def write(call: tuple, shard: tuple[np.ndarray, float]) -> None:
+        index, (images, seconds) = call[-1], shard
+        path, first = shard_path(folder, index), index * plan.shard_size
+        with atomic_write(path) as partial:
+            save_file({"images": images, "labels": plan.labels_of(first, first + plan.shard_size)}, partial)
+        entry = dict(sha256=sha256_of_file(path), seconds=seconds)
+        if manifest["shards"].setdefault(str(index), entry)["sha256"] != entry["sha256"]:  # a lost one, made again
+            raise BadInput(
+                f"{path} was made again and differs from before: device, number of threads or versions differ; earlier "
+                "results of its set cannot be compared with it."
+            )
+        manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
+        write_hashed_json(folder / "manifest.json", manifest)
+
     done = (wanted - len(missing)) * plan.shard_size
     with progress(total=wanted * plan.shard_size, initial=done, desc=desc, unit="img") as bar:
-        for index in missing:
-            first, last, started = index * plan.shard_size, (index + 1) * plan.shard_size, time.perf_counter()
-            with raise_on_oom(f"a shard of {plan.shard_size} images of {plan.base_size} px", remedy):
-                images = generate_images(pipeline, plan, range(first, last), bar.update)
-            seconds, path = round(time.perf_counter() - started, 3), shard_path(folder, index)
-            with atomic_write(path) as partial:
-                save_file({"images": images, "labels": plan.labels_of(first, last)}, partial)
-            entry = dict(sha256=sha256_of_file(path), seconds=seconds)
-            if manifest["shards"].setdefault(str(index), entry)["sha256"] != entry["sha256"]:  # a lost one, made again
-                raise BadInput(
-                    f"{path} was made again and differs from before: device, number of threads or versions differ; earlier "
-                    "results of its set cannot be compared with it."
-                )
-            manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
-            write_hashed_json(folder / "manifest.json", manifest)
+        make(missing, write, bar.update)
 
 
 def generate_images(

@@ -1,7 +1,7 @@
 """Images -> posterior moments of the VAE, computed once and cached: an epoch samples from them instead of encoding."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel
+from sdlab.cluster.executors import InThisProcess
+from sdlab.data.images import Split, TrainingImages
 from sdlab.data.npz import read_arrays
 from sdlab.data.pixels import to_model
 from sdlab.devices import raise_on_oom
@@ -45,55 +47,71 @@ class Moments:
 
 def encode_training_set(run: Run) -> Moments:
     """The training images' posterior moments, cached in `latents/train.npz`."""
-    data, size = run.data, run.settings.base_image_size
-    return encode_images(
-        lambda indices: data.training_images(indices, size), len(data.train), run.base, size,
-        run.folder / "latents" / "train.npz", data.fingerprint(), run.progress,
-    )  # fmt: skip
+    data, size, path = run.data, run.settings.base_image_size, run.folder / "latents" / "train.npz"
+
+    def encode(parts: Sequence[range], *how: Callable) -> None:
+        calls = [(TrainingImages(data, indices, size), size) for indices in parts]
+        run.executor.each(encode_part_of_run, run, calls, *how, steps=PART)
+
+    return encode_parts(encode, len(data.train), run.base, size, path, data.fingerprint(), run.progress)
 
 
-@torch.no_grad()
 def encode_images(
-    images: Callable[[range], np.ndarray],
-    count: int,
-    base: BaseModel,
-    size: int,
-    path: Path,
-    made_from: str,
+    images: Callable[[range], np.ndarray], count: int, base: BaseModel, size: int, path: Path, made_from: str,
     progress: Callable = tqdm,
-) -> Moments:
-    """Moments of `count` images at `size` pixels, from the cache `path` if it was made from the same.
+) -> Moments:  # fmt: skip
+    """Moments of `count` images at `size` pixels, computed in this process, or from the cache `path`.
 
-    `images` returns those of a range of indices: uint8 (n, 3, h, w). `made_from` names images and their order (a
-    fingerprint); the VAE's hash is added here. Until all are encoded, parts lie next to `path`.
-    Raises `BadInput` if the VAE's output is not finite.
+    `images` returns those of a range of indices: uint8 (n, 3, h, w).
+    """
+
+    def encode(parts: Sequence[range], *how: Callable) -> None:
+        InThisProcess().each(encode_part, base, [(images, indices, size) for indices in parts], *how)
+
+    return encode_parts(encode, count, base, size, path, made_from, progress)
+
+
+def encode_parts(
+    encode: Callable, count: int, base: BaseModel, size: int, path: Path, made_from: str, progress: Callable
+) -> Moments:
+    """Moments from the cache `path` if it was made from the same; else `encode(parts, keep, on_progress)` makes them.
+
+    `made_from` names images and their order (a fingerprint); the VAE's hash is added here. Until all are encoded, parts lie
+    next to `path`. Raises `BadInput` if the VAE's output is not finite.
     """
     vae_sha = {name: sha for name, sha in base.sha256.items() if name.startswith("vae/")}
     key = sha256_of_json([made_from, vae_sha, size, "float16"])
-    parts_folder = path.with_suffix(".parts")
-    moments = read_moments(path, key)
+    folder, moments = path.with_suffix(".parts"), read_moments(path, key)
     if moments is None:
-        parts = []
-        with progress(total=count, desc="encode", unit="img") as bar:
-            for start in range(0, count, PART):
-                part_file, stop = parts_folder / f"{start:08d}.npz", min(start + PART, count)
-                part = read_moments(part_file, key)
-                if part is None:
-                    part = encode_part(images, range(start, stop), base, size, bar.update)
-                    write_moments(part_file, key, part)
-                else:
-                    bar.update(stop - start)
-                parts.append(part)
+        parts = {range(start, min(start + PART, count)): folder / f"{start:08d}.npz" for start in range(0, count, PART)}
+        missing = [indices for indices, file in parts.items() if read_moments(file, key) is None]
+
+        def keep(call: tuple, moments: tuple[np.ndarray, np.ndarray]) -> None:
+            indices = call[1] if isinstance(call[1], range) else call[0].indices
+            write_moments(parts[indices], key, moments)
+
+        done = count - sum(map(len, missing))
+        with progress(total=count, initial=done, desc="encode", unit="img") as bar:
+            encode(missing, keep, bar.update)
         # The VAE's memory layout may differ from a file's, and layouts choose algorithms, whose last bits differ: an
         # interrupted training would not end with the same bytes.
-        moments = tuple(np.ascontiguousarray(np.concatenate(part)) for part in zip(*parts, strict=True))
+        encoded = [read_moments(file, key) for file in parts.values()]
+        moments = tuple(np.ascontiguousarray(np.concatenate(part)) for part in zip(*encoded, strict=True))
         write_moments(path, key, moments)
-    shutil.rmtree(parts_folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return Moments(*(torch.from_numpy(array).to(base.device) for array in moments), base.scaling_factor)
 
 
+def encode_part_of_run(run: Run, images: TrainingImages | Split, size: int, on_progress: Callable) -> tuple:
+    """A worker has the part's images as a `Split`."""
+    if isinstance(images, Split):
+        return encode_part(run.base, lambda indices: images.images[indices], range(len(images)), size, on_progress)
+    return encode_part(run.base, images.read, images.indices, size, on_progress)
+
+
+@torch.no_grad()
 def encode_part(
-    images: Callable[[range], np.ndarray], indices: range, base: BaseModel, size: int, on_progress: Callable[[int], Any]
+    base: BaseModel, images: Callable[[range], np.ndarray], indices: range, size: int, on_progress: Callable[[int], Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means and deviations of the images at some indices, float16. Raises `BadInput`."""
     batches = []

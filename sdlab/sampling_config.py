@@ -12,7 +12,7 @@ import numpy as np
 from sdlab.data.pixels import to_uint8
 from sdlab.errors import BadInput
 from sdlab.runs.checkpoints import load_checkpoint
-from sdlab.runs.run import Experiment
+from sdlab.runs.experiment import Experiment
 from sdlab.schedulers import make_scheduler
 from sdlab.settings import Settings
 

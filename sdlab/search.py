@@ -8,24 +8,23 @@ Repeatable and resumable: every ask is seeded by (seed, search, trial number), a
 its own number (`runs/studies.py`).
 """
 
-import os
-import socket
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import optuna
 from optuna.artifacts import upload_artifact
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
 from sdlab.data.pixels import save_image_grid
 from sdlab.evaluation import deciding_split, load_optimum, summarize, train_and_score_classifiers
 from sdlab.generation import generate_set
 from sdlab.runs import studies
-from sdlab.runs.files import file_lock, read_json
+from sdlab.runs.files import read_json
 from sdlab.runs.run import Run
 from sdlab.runs.shards import read_shards
 from sdlab.runs.stages import search_lineage
@@ -34,7 +33,6 @@ from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-POLL = 1.0  # seconds between looks at trials that other processes run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +123,13 @@ def new_pruner(settings: Settings) -> optuna.pruners.BasePruner:
 
 
 def new_sampler(settings: Settings, search: str, number: int) -> optuna.samplers.BaseSampler:
-    """TPE whose random stream depends on the trial's number only: a restarted search asks the same."""
-    seed = derive_seed(settings.seed, search, number) % 2**32
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=settings.search_startup_trials)
+    """TPE whose random stream depends on the trial's number only: a restarted search asks the same.
+
+    Of several trials at a time, those that still run count as bad ones ("constant liar"), so that the next goes elsewhere.
+    """
+    seed, several = derive_seed(settings.seed, search, number) % 2**32, settings.search_parallel > 1
+    startup = settings.search_startup_trials
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=several)
 
 
 # ------------------------------------------------------------------------------------------------- the search
@@ -136,64 +138,80 @@ def new_sampler(settings: Settings, search: str, number: int) -> optuna.samplers
 def run_search(run: Run, search: Search) -> dict:
     """Run or continue a search until `search.trials` trials are finished; the result is saved in `metrics/<name>.json`.
 
-    Several processes may share a search, by `Run(..., helping=True)`: each claims trials that no other runs, and a helper
-    returns {} when none is left. Which trial sees which others' results then depends on their pace, so such a search does
-    not repeat.
+    `search_parallel` trials run at a time. Their order in the study does not depend on their pace (`studies.TrialOrder`), so
+    the search repeats.
     """
     path, settings = run.metrics_path(search.name), run.settings
     if path.exists():
         return read_json(path)
     with studies.raise_on_storage_error(settings):
-        with file_lock(run.folder / ".locks" / "storage"):  # one process creates it
-            study = studies.open_study(settings, search.name, new_pruner(settings))
-            studies.check_lineage(study, search_lineage(run.record))
-            studies.check_folder(study, run.folder)
+        study = studies.open_study(settings, search.name, new_pruner(settings))
+        studies.check_lineage(study, search_lineage(run.record))
+        studies.check_folder(study, run.folder)
         artifacts = studies.AtomicArtifactStore(run.folder / "artifacts")
-        finished = studies.count_finished(study)
+        finished, parallel = studies.count_finished(study), settings.search_parallel
+        order = studies.TrialOrder(finished, parallel)
         with run.progress(
             total=search.trials, initial=finished, desc=search.name.replace("_", " "), unit="trial"
         ) as bar:
-            while finished < search.trials:
-                with studies.claim_trial(run.folder, study, search.trials) as trial:
-                    if trial is not None:
-                        run_trial(run, search, study, trial, artifacts)
-                if trial is None:  # the remaining trials run in other processes
-                    if run.helping:
-                        break
-                    time.sleep(POLL)
-                finished, before = studies.count_finished(study), finished
-                bar.update(finished - before)
-        if run.helping:
-            return {}
+
+            def run_one(number: int) -> None:
+                run_trial(run, search, study, order, number, artifacts)
+                bar.update()
+
+            map_in_order(run_one, range(finished, search.trials), parallel, order.stop)
         finalists = score_finalists(run, search, study)
         return run.save_metrics(search.name, export_search(study, settings, search.space, finalists))
 
 
+def map_in_order(task: Callable[[int], None], numbers: range, parallel: int, stop: Callable[[], None]) -> None:
+    """`task(number)` for each number, the lowest first, `parallel` in threads. The first failure stops all."""
+    if parallel == 1:
+        for number in numbers:
+            task(number)
+        return
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            for future in as_completed([pool.submit(task, number) for number in numbers]):
+                future.result()
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def run_trial(
-    run: Run, search: Search, study: optuna.Study, trial: Trial, artifacts: studies.AtomicArtifactStore
-) -> None:
+    run: Run, search: Search, study: optuna.Study, order: studies.TrialOrder, number: int,
+    artifacts: studies.AtomicArtifactStore,
+) -> None:  # fmt: skip
     """Generate, train, report the CAS at each rung, up to the last one or until pruned."""
     settings, started = run.settings, time.perf_counter()
-    sampler = new_sampler(settings, search.name, trial.number)
-    config = search.config_of(**studies.draw_parameters(study, trial, search.space.distributions(), sampler))
-    split, name = deciding_split(settings.protocol), f"trial {trial.number}"
+    with order.asking(number):
+        trial = studies.open_trial(study, number)
+        sampler = new_sampler(settings, search.name, number)
+        space, parallel = search.space.distributions(), settings.search_parallel
+        config = search.config_of(**studies.draw_parameters(study, trial, space, sampler, parallel))
+    split, name = deciding_split(settings.protocol), f"trial {number}"
     if split == "test":
         run.record_test_reading(f"{study.study_name}, {name}: the paper's protocol maximises test accuracy")
     seed = derive_seed(settings.seed, "search")
     seeds = [derive_seed(settings.seed, "search classifier", i) for i in range(settings.search_classifier_seeds)]
     state = TrialState.COMPLETE
-    for images in settings.rungs():
-        synthetic_set = generate_set(run, config, images, seed, desc=name)
-        scores = train_and_score_classifiers(run, synthetic_set.split(images), seeds, [split], name, searching=True)
+    for rung, images in enumerate(settings.rungs()):
+        synthetic_set = generate_set(run, config, images, seed, desc=name, priority=number)
+        subset = synthetic_set.split(images)
+        scores = train_and_score_classifiers(run, subset, seeds, [split], name, searching=True, priority=number)
         cas = summarize(scores[split])
-        with warnings.catch_warnings():  # a resumed trial reports its first rungs again; the first report stays
+        with order.judging(number, rung), warnings.catch_warnings():  # of a resumed trial the first report stays
             warnings.simplefilter("ignore")
             trial.report(cas["mean"], step=images)
-        if images < settings.search_images and studies.ask_pruner(study, trial, images):
+            pruned = images < settings.search_images and studies.ask_pruner(study, trial, images)
+        if pruned:
             state = TrialState.PRUNED
             break
-    grid = run.folder / "pictures" / f"{study.study_name}-{trial.number:03d}.png"
-    save_image_grid(synthetic_set.split(images).images, grid)
+    order.end(number)
+    grid = run.folder / "pictures" / f"{study.study_name}-{number:03d}.png"
+    save_image_grid(subset.images, grid)
     attributes = dict(
         config=asdict(config),
         images=images,
@@ -201,18 +219,17 @@ def run_trial(
         synthetic=synthetic_set.folder.name,
         generation_seconds=round(synthetic_set.seconds(images), 2),
         trial_seconds=round(time.perf_counter() - started, 2),
-        process=f"{os.getpid()} on {socket.gethostname()}",
         accuracy=cas["accuracy"],
         balanced_accuracy=cas["balanced"],
         recall=[r if r is None else round(r, 4) for r in cas["recall"]],
     )
-    for key, value in attributes.items():
-        trial.set_user_attr(key, value)
-    if "artifact" not in trial.user_attrs:
-        trial.set_user_attr(
-            "artifact", upload_artifact(artifact_store=artifacts, file_path=str(grid), study_or_trial=trial)
-        )
-    study.tell(trial.number, cas["mean"] if state == TrialState.COMPLETE else None, state=state)
+    with order.telling(number):
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        if "artifact" not in trial.user_attrs:
+            artifact = upload_artifact(artifact_store=artifacts, file_path=str(grid), study_or_trial=trial)
+            trial.set_user_attr("artifact", artifact)
+        study.tell(number, cas["mean"] if state == TrialState.COMPLETE else None, state=state)
 
 
 def trial_images(run: Run, trial: dict, count: int) -> np.ndarray:

@@ -60,6 +60,17 @@ class Settings:
     storage: str = setting("", "", "Optuna storage URL without a password; empty: SQLite in the experiment's folder")
     device: str = setting("auto", "", "auto, cpu, cuda, cuda:N or mps")
     num_threads: int = setting(0, "", "CPU threads of torch; 0: torch's own choice", low=0, high=1024)
+    cluster: str = setting(
+        "none", "", "where tasks run: none (here), local, tcp://host:8786, tls://..., or a scheduler file"
+    )
+    workers: int = setting(0, "", "of `cluster: local`; 0: one a GPU, or as many as the cores allow", low=0, high=1024)
+    cluster_threads: int = setting(1, "", "CPU threads of torch in a worker", low=1, high=1024)
+    cluster_cache_gb: float = setting(
+        20.0, "", "limit of a worker's cache folder ($SDLAB_CACHE, ~/.cache/sdlab)", low=0.1
+    )
+    cluster_any_worker: bool = setting(
+        False, "", "also use workers of another kind: device, versions; bytes may differ"
+    )
     resume_minutes: float = setting(10.0, "", "minutes of training between resume states inside an epoch", low=0.0)
     compile_unet: bool = setting(False, "", "torch.compile the UNet for generation (needs a C++ compiler)")
 
@@ -102,6 +113,9 @@ class Settings:
     search_images: int = setting(4000, "01 02 03 04", "images of a complete trial and of a cell of Table 1", low=2)
     search_first_images: int = setting(500, "02 04", "images at the first rung, where pruning begins", low=2)
     search_reduction_factor: int = setting(8, "02 04", "images of a rung / images of the rung below", low=2)
+    search_parallel: int = setting(
+        1, "02 04", "trials at a time; each is asked before these have scores", low=1, high=1024
+    )
     search_pruner: str = setting(
         "successive_halving", "02 04", "how trials are pruned at a rung; hyperband is the paper's",
         choices=("successive_halving", "hyperband", "none"),
@@ -255,6 +269,10 @@ def check_together(s: Settings) -> None:
         f"({s.search_max_inference_steps}).": s.search_min_inference_steps <= s.search_max_inference_steps,
         f"`guidance_start` is {s.guidance_start}, above `guidance_stop` ({s.guidance_stop}): both are shares of the inference "
         "steps, and guidance acts between them.": s.guidance_start <= s.guidance_stop,
+        f"`cluster` is {s.cluster!r}: allowed are none, local, an address such as tcp://host:8786 or tls://host:8786, or a "
+        "scheduler's file (.json).": s.cluster in ("none", "local")
+        or s.cluster.startswith(("tcp://", "tls://"))
+        or s.cluster.endswith(".json"),
         f"`classifier_train_steps` is {s.classifier_train_steps}, fewer than the {s.classifier_epochs} validations "
         "(`classifier_epochs`) that it is divided into.": not 0 < s.classifier_train_steps < s.classifier_epochs,
     }

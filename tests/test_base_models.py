@@ -19,8 +19,8 @@ from sdlab.base_models import load_base_model
 from sdlab.data.model_files import TINY
 from sdlab.devices import choose_device, choose_precision
 from sdlab.errors import BadInput
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import sha256_of_file
-from sdlab.runs.run import Experiment
 from sdlab.schedulers import check_scheduler_name, make_scheduler
 from sdlab.training import train_class_encoder
 

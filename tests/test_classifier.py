@@ -21,7 +21,7 @@ from sdlab.data.images import Split
 from sdlab.errors import BadInput
 from sdlab.evaluation import train_and_score_classifiers
 from sdlab.metrics import score_predictions, summarize
-from sdlab.runs.run import Experiment
+from sdlab.runs.experiment import Experiment
 
 
 def accuracy_of(model, split) -> float:

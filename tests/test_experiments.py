@@ -26,7 +26,14 @@ from sdlab.tools.planning import workload
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 # Of seven files in a row: less than smoke.yaml's.
-DEPTH = dict(search_1_trials=3, search_2_trials=2, search_images=20, search_first_images=10, shard_size=10, classifier_train_steps=2)
+DEPTH = dict(
+    search_1_trials=3,
+    search_2_trials=2,
+    search_images=20,
+    search_first_images=10,
+    shard_size=10,
+    classifier_train_steps=2,
+)
 KEPT = ("experiment", "dataset", "base_model", "image_size", "base_image_size")  # what smoke.yaml does not decide here
 
 

@@ -228,7 +228,7 @@ def test_verify_and_repair_take_p_and_print_it(settings, file, tmp_path):
     )
     done = invoke("repair", *given, "metrics/of_06.json")
     assert done.exit_code == 1 and "`metrics/of_06.json` is not among what is wrong with" in done.output
-    for name in ("run", "work", "plan", "status", "verify", "repair", "export", "dashboard"):
+    for name in ("run", "plan", "status", "verify", "repair", "export", "dashboard"):
         assert "-p, --parameter NAME VALUE" in invoke(name, "--help").output
 
 
@@ -268,7 +268,6 @@ def test_finished_results_open_without_their_data(own, tmp_path, monkeypatch):
         assert invoke("verify", tmp_path / "given.yaml").exit_code == 0
         done = invoke("run", tmp_path / "given.yaml")
         assert done.exit_code == 0 and done.output.count("finished before, skipped") == 8
-        assert invoke("work", tmp_path / "given.yaml").exit_code == 0
         assert all(Run(gone, STAGES[number].stem).finished for number in ("06", "07"))
         refused = invoke("run", tmp_path / "given.yaml", "--redo", "05")
         assert refused.exit_code == 1 and "neither a known name nor a path that exists" in refused.output

@@ -26,7 +26,7 @@ from sdlab.data.model_files import SHAPES
 from sdlab.generation import generate, plan_generation
 from sdlab.latents import encode_training_set
 from sdlab.runs.checkpoints import load_checkpoint
-from sdlab.runs.run import Experiment
+from sdlab.runs.experiment import Experiment
 from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.settings import Settings
 from sdlab.training import fine_tune_unet, train_class_encoder

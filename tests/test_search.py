@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sqlite3
 import sys
+import time
 
 import numpy as np
 import optuna
@@ -14,12 +15,9 @@ from sdlab import search as search_module
 from sdlab.data.images import Split
 from sdlab.errors import BadInput
 from sdlab.metrics import Score
-from sdlab.runs import studies
-from sdlab.runs.files import file_lock
 from sdlab.runs.run import Run
 from sdlab.runs.stages import STAGES, StageState
-from sdlab.runs.storage import storage_url
-from sdlab.runs.studies import claim_trial, open_study, rename_study
+from sdlab.runs.studies import open_study
 from sdlab.sampling_config import SamplingConfig
 from sdlab.search import Search, SearchSpace, final_search_space, first_search_space, new_pruner, run_search
 
@@ -79,12 +77,12 @@ def world(settings, monkeypatch):
     draw = search_module.save_image_grid
     monkeypatch.setattr(search_module, "save_image_grid", save_image_grid)
 
-    def generate_set(run, config, count, seed, desc):
+    def generate_set(run, config, count, seed, desc, priority=0):
         if log["stop_after"] is not None and len(log["scored"]) >= log["stop_after"]:
             raise KeyboardInterrupt
         return FakeSet(config, log["made"])
 
-    def score(run, train, seeds, splits, desc, searching):
+    def score(run, train, seeds, splits, desc, searching, priority=0):
         log["scored"].append(tuple(splits))
         value = cas(train.config, len(train))
         return {name: [Score(value, 1.0, value, (value,) * 3, 30)] for name in splits}
@@ -173,18 +171,8 @@ WRITES = [
 ]
 
 
-@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
-    world, data, tmp_path, monkeypatch, pruner, seed
-):
-    """Cut again and again after a few writes to the storage, wherever that falls: within the drawing of parameters, between
-    a pruner's answer and its own note of it, between the attributes of a finished trial."""
-    settings = dataclasses.replace(
-        world[0], search_pruner=pruner, search_reduction_factor=2, search_startup_trials=2, seed=seed
-    )
-    whole = whole_search(settings, data, tmp_path, 8)
-    rng, left, cuts = np.random.default_rng(seed), [0], []
+def cut_writes(monkeypatch, left, cuts):
+    """Interrupt after the `left[0]`-th write to the storage."""
     for name in WRITES:
         original = getattr(_CachedStorage, name)
 
@@ -197,6 +185,21 @@ def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
             return done
 
         monkeypatch.setattr(_CachedStorage, name, writing)
+
+
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
+    world, data, tmp_path, monkeypatch, pruner, seed
+):
+    """Cut again and again after a few writes to the storage, wherever that falls: within the drawing of parameters, between
+    a pruner's answer and its own note of it, between the attributes of a finished trial."""
+    settings = dataclasses.replace(
+        world[0], search_pruner=pruner, search_reduction_factor=2, search_startup_trials=2, seed=seed
+    )
+    whole = whole_search(settings, data, tmp_path, 8)
+    rng, left, cuts = np.random.default_rng(seed), [0], []
+    cut_writes(monkeypatch, left, cuts)
     resumed = None
     while resumed is None:
         left[0] = int(rng.integers(1, 20))
@@ -206,6 +209,54 @@ def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
     strip = lambda found: [{k: v for k, v in t.items() if k != "trial_seconds"} for t in found["trials"]]  # noqa: E731
     assert strip(resumed) == strip(whole)
     assert resumed["best"] == whole["best"] and resumed["images"] == whole["images"]
+
+
+def at_another_pace(monkeypatch, rng):
+    """Each score takes another time: trials that run at once finish in any order."""
+    score = search_module.train_and_score_classifiers
+
+    def scored(*args, **more):
+        time.sleep(float(rng.choice([0, 0.002, 0.01, 0.03])))
+        return score(*args, **more)
+
+    monkeypatch.setattr(search_module, "train_and_score_classifiers", scored)
+
+
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
+def test_trials_at_a_time_are_the_same_search_at_any_pace(world, data, tmp_path, monkeypatch, pruner):
+    """20 random orders of results; in every second one the driver is cut again and again, between any two writes."""
+    settings = dataclasses.replace(
+        world[0], search_parallel=4, search_pruner=pruner, search_reduction_factor=2, search_startup_trials=3
+    )
+    strip = lambda found: [{k: v for k, v in t.items() if k != "trial_seconds"} for t in found["trials"]]  # noqa: E731
+    whole = strip(searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, 12)[0])
+    one_by_one = strip(searched(dataclasses.replace(settings, search_parallel=1), data, 12)[0])
+    assert (
+        one_by_one[:3] == whole[:3] and one_by_one != whole
+    )  # random trials, then others than without the running ones
+    assert {t["state"] for t in whole} == {"complete", "pruned"}
+    left, cuts = [0], []
+    cut_writes(monkeypatch, left, cuts)
+    for order in range(20):
+        rng, found = np.random.default_rng(order), None
+        here = dataclasses.replace(settings, runs_root=str(tmp_path / str(order)))
+        with monkeypatch.context() as patch:
+            at_another_pace(patch, rng)
+            while found is None:
+                left[0] = int(rng.integers(5, 60)) if order % 2 else 0
+                with contextlib.suppress(KeyboardInterrupt):
+                    found, _ = searched(here, data, 12)
+        assert strip(found) == whole, order
+    assert len(cuts) > 30
+
+
+def test_a_parallel_search_that_is_extended_is_the_same_as_one_that_was_as_long(world, data, tmp_path):
+    settings = dataclasses.replace(world[0], search_parallel=3)
+    whole, _ = searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole"), search_1_trials=9), data, 9)
+    searched(dataclasses.replace(settings, search_1_trials=6), data, 6)
+    (settings.run_folder / "metrics" / "search_1.json").unlink()
+    longer, _ = searched(dataclasses.replace(settings, search_1_trials=9), data, 9)
+    assert [t["params"] for t in longer["trials"]] == [t["params"] for t in whole["trials"]]
 
 
 @pytest.mark.parametrize(
@@ -301,8 +352,8 @@ def test_finalists_are_scored_anew_and_the_better_one_is_chosen(world, data, mon
     settings = dataclasses.replace(settings, search_finalists=3, classifier_seeds=2)
     honest, lucky = search_module.train_and_score_classifiers, []
 
-    def score(run, train, seeds, splits, desc, searching):
-        scored = honest(run, train, seeds, splits, desc, searching)
+    def score(run, train, seeds, splits, desc, searching, priority=0):
+        scored = honest(run, train, seeds, splits, desc, searching, priority)
         if desc == f"finalist {lucky[0] if lucky else ''}" or (desc.startswith("finalist") and not lucky):
             lucky[:] = lucky or [int(desc.split()[1])]
             scored = {
@@ -335,7 +386,7 @@ def test_all_trials_use_the_same_noise(world, data, monkeypatch):
     monkeypatch.setattr(
         search_module,
         "generate_set",
-        lambda run, config, count, seed, desc: seeds.append(seed) or make(run, config, count, seed, desc),
+        lambda run, config, count, seed, **more: seeds.append(seed) or make(run, config, count, seed, **more),
     )
     searched(world[0], data, 4)
     assert len(set(seeds)) == 1
@@ -369,41 +420,13 @@ def test_a_study_of_other_checkpoints_is_refused(world, data, tmp_path):
 
 
 def test_a_study_of_another_run_folder_is_refused(world, data, tmp_path):
-    """Its trials' locks lie there: two folders would take the same trials."""
+    """Its trials' images lie there: two folders would take the same trials."""
     settings = dataclasses.replace(world[0], storage=f"sqlite:///{tmp_path}/shared.db")
     searched(settings, data, 3)
     (settings.run_folder / "metrics" / "search_1.json").unlink()
     (settings.run_folder / ".locks" / "folder").write_text("as in a folder of its own")
-    with pytest.raises(BadInput, match="of another run folder: let both share the folder"):
+    with pytest.raises(BadInput, match="of another run folder: give the experiment another name"):
         searched(settings, data, 3)
-
-
-def test_a_trial_that_was_told_meanwhile_is_not_taken(world, data, monkeypatch):
-    """Its process tells it and lets it go between the look at all trials and the lock of this one."""
-    settings, _ = world
-    run = Run(settings, "02_first_search")
-    study, other = (
-        open_study(settings, "search_1", new_pruner(settings)),
-        open_study(settings, "search_1", new_pruner(settings)),
-    )
-    study.ask()
-
-    def told_meanwhile(path, wait=True):
-        if path.name.endswith("-000"):
-            other.tell(0, 0.5)
-        return file_lock(path, wait)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(studies, "file_lock", told_meanwhile)
-        with claim_trial(run.folder, study, 1) as trial:
-            assert trial is None
-    with claim_trial(run.folder, study, 2) as trial:
-        assert trial.number == 1
-        with pytest.raises(BadInput, match=r"runs a trial of smoke-search_1 .*nothing was changed"):
-            rename_study(settings, "search_1", "aside")
-    rename_study(settings, "search_1", "aside")
-    assert optuna.study.get_all_study_names(storage_url(settings)) == ["smoke-search_1 (aside)"]
-    run.lock.release()
 
 
 def test_a_finished_search_is_loaded(world, data):

@@ -164,6 +164,11 @@ def test_every_setting_says_what_it_is_and_which_stages_depend_on_it():
         "resume_minutes",
         "compile_unet",
         "data_root",
+        "cluster",
+        "workers",
+        "cluster_threads",
+        "cluster_cache_gb",
+        "cluster_any_worker",
     }
     for f in dataclasses.fields(Settings):
         assert f.metadata["text"]

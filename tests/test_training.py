@@ -17,8 +17,8 @@ from sdlab.data.pixels import to_model
 from sdlab.errors import BadInput
 from sdlab.latents import Moments, encode_images
 from sdlab.runs.checkpoints import half_precision_copy, load_checkpoint, save_checkpoint
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.resume_states import TrainingPosition
-from sdlab.runs.run import Experiment
 from sdlab.training import TrainingPlan, cosine, fine_tune_unet, predict, prediction_target, train
 
 

@@ -5,6 +5,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+    shards: tuple[tuple[Path, str], ...] = ()  # of a synthetic set: the files that these begin, and their sha256
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,6 +163,22 @@ class ImageDataset:
             if not count
         ]
         return [*lines, *find_duplicates(self.splits), *self.remarks]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Some of a set's training images, for the base model, read when they are needed."""
+
+    data: ImageDataset
+    indices: range
+    size: int
+
+    def read(self, indices: range) -> np.ndarray:
+        """uint8 (n, 3, h, w) of these indices of the whole set."""
+        return self.data.training_images(indices, self.size)
+
+    def split(self) -> Split:
+        return Split(self.read(self.indices), self.data.train.labels[self.indices])
 
 
 def find_duplicates(splits: dict[str, Split]) -> list[str]:

@@ -151,4 +151,8 @@ def environment_change(record: StageRecord) -> str:
 
 
 def environment_differences(before: dict, after: dict) -> list[str]:
+    if "worker_device" in before.keys() | after.keys():  # tasks run in this process unless something else is recorded
+        before, after = (
+            dict(worker_device=e.get("device"), worker_threads=e.get("threads")) | e for e in (before, after)
+        )
     return [f"{name} {was} -> {after[name]}" for name, was in before.items() if after.get(name, was) != was]

@@ -17,15 +17,16 @@ import resource
 import shutil
 import sys
 import time
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput
 from sdlab.runs import records
 from sdlab.runs.aside import move_results_aside
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import (
     atomic_write,
     folder_size,
@@ -39,29 +40,12 @@ from sdlab.runs.progress import Progress
 from sdlab.runs.records import FileHash, StageRecord
 from sdlab.runs.stages import STAGES, Reason, State, check_stage
 from sdlab.runs.storage import check_storage
-from sdlab.settings import Settings
+from sdlab.settings import SAMPLING, Settings
 
 # Of a training: measured times, and a state that is needed only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
 SHARED = ("settings.yaml", "test_readings.jsonl")  # by all stages
 SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
-
-
-class Experiment:
-    """An experiment's settings and folder, with the data set and the base model that its stages compute with.
-
-    Functions that only read or make files of the folder take this; those that belong to one stage take a `Run`.
-    """
-
-    progress = staticmethod(tqdm)
-    work_folder: Path | None = None  # cache of an unfinished stage
-
-    def __init__(self, settings: Settings, data: Any = None, base: Any = None):
-        self.settings, self.data, self.base, self.folder = settings, data, base, settings.run_folder
-
-    def metrics_path(self, name: str) -> Path:
-        """The file of a result: `metrics/<name>.json`."""
-        return self.folder / "metrics" / f"{name}.json"
 
 
 class Run(Experiment):
@@ -74,12 +58,11 @@ class Run(Experiment):
 
     Args:
         data, base: objects with a `fingerprint()`; left out by stages that read neither.
-        helping: join a stage that another process has opened, without a lock or a record of its own.
     """
 
-    def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None, helping: bool = False):
+    def __init__(self, settings: Settings, stem: str, data: Any = None, base: Any = None):
         super().__init__(settings, data, base)
-        self.stage, self.helping = STAGES[stem[:2]], helping
+        self.stage = STAGES[stem[:2]]
         inputs = dict(data=data, base_model=base)
         self.inputs = {name: value.fingerprint() for name, value in inputs.items() if value is not None}
         state = check_stage(settings, self.stage.number)
@@ -87,13 +70,22 @@ class Run(Experiment):
         if settings.storage and state.state != State.DONE and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
         self.started, self.lock = time.monotonic(), None
-        if helping:
-            self.record = records.read_record(settings, self.stage.number)
-            self.finished = self.record is None or state.state == State.DONE
-        else:
-            self.finished = state.state == State.DONE or not self.begin()
-        writes_progress = not (self.finished or helping)
-        self.progress = functools.partial(Progress, self.folder / "progress.json" if writes_progress else None)
+        self.finished = state.state == State.DONE or not self.begin()
+        self.progress = functools.partial(Progress, None if self.finished else self.folder / "progress.json")
+
+    @functools.cached_property
+    def executor(self) -> Executor:
+        """Where tasks run, by the setting `cluster`. Raises `BadInput` without Dask, or if the cluster does not answer."""
+        if self.settings.cluster == "none":
+            return super().executor
+        try:
+            from sdlab.cluster.dask_cluster import Cluster
+        except ImportError as error:
+            raise BadInput(
+                f"`cluster` is {self.settings.cluster!r}, which needs Dask ({error}): `pip install -e '.[cluster]'`, or take "
+                "`cluster: none`."
+            ) from None
+        return Cluster(self)
 
     @property
     def work_folder(self) -> Path | None:
@@ -131,7 +123,7 @@ class Run(Experiment):
             inputs=self.inputs,
             begun=before.begun if before else records.now(),
             opened_at=time.time(),
-            environment=records.environment(self.base),
+            environment=records.environment(self.base) | self.workers(),
             seconds=before.seconds + self.lost_seconds(before) if before else 0.0,
         )
         if before:
@@ -146,6 +138,12 @@ class Run(Experiment):
         with atomic_write(self.folder / "settings.yaml") as partial:
             partial.write_text(yaml.safe_dump(self.settings.as_dict(), sort_keys=False), encoding="utf-8")
         return True
+
+    def workers(self) -> dict[str, str | int]:
+        """Device and threads of a cluster's workers; nothing if tasks run here. Raises `BadInput` if it does not answer."""
+        if self.settings.cluster == "none" or self.base is None or self.stage.number not in SAMPLING.split():
+            return {}
+        return dict(worker_device=self.executor.environment["device"], worker_threads=self.executor.threads)
 
     def lost_seconds(self, before: StageRecord) -> float:
         """Seconds that an unfinished attempt worked: from its start until its last sign of progress."""
@@ -181,6 +179,8 @@ class Run(Experiment):
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.lock.release()
+        if "executor" in self.__dict__:
+            self.executor.shutdown()
 
     def side_outputs(self) -> dict[str, FileHash]:
         """Hashes of files that no later stage reads, but a reader looks at: histories, the plan, pictures, test readings.

@@ -67,6 +67,8 @@ def search_lineage(record: StageRecord) -> str:
     """Identifies what a study's trials depend on: all but their number, which may be raised later."""
     trials = f"{SEARCHES[record.stage[:2]]}_trials"
     settings = {name: value for name, value in record.settings.items() if name != trials}
+    if settings.get("search_parallel") == 1:  # studies that are older than this setting
+        del settings["search_parallel"]
     return sha256_of_json([settings, record.upstream, record.inputs])
 
 

@@ -1,4 +1,5 @@
-"""Optuna's bookkeeping: where a study is stored, who runs which trial, and asks that an interruption cannot change.
+"""Optuna's bookkeeping: where a study is stored, in which order its trials are asked, judged and told, and asks that an
+interruption cannot change.
 
 A trial's parameters and a pruner's answers are kept in one piece before they act: Optuna writes them one by one, and a
 sampler or pruner that is asked again in between answers differently.
@@ -6,9 +7,12 @@ sampler or pruner that is asked again in between answers differently.
 
 import contextlib
 import copy
+import math
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,10 +20,10 @@ import optuna
 import sqlalchemy
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sdlab.errors import BadInput
-from sdlab.runs.files import atomic_write, cannot_write, file_lock, write_errno
+from sdlab.runs.files import atomic_write, cannot_write, write_errno
 from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.settings import Settings
 
@@ -59,12 +63,6 @@ def open_study(settings: Settings, search: str, pruner: optuna.pruners.BasePrune
 def rename_study(settings: Settings, search: str, suffix: str) -> None:
     """Give an existing study another name, so that the search starts from nothing; the dashboard shows both."""
     name = study_name(settings, search)
-    for lock in sorted((settings.run_folder / ".locks").glob(f"{name}-*")):
-        with file_lock(lock, wait=False) as free:
-            if not free:
-                raise BadInput(
-                    f"A process runs a trial of {name} (`sdlab work`): wait for it, or stop it; nothing was changed."
-                )
     if (file := sqlite_file(settings)) and not file.exists():
         return
     with raise_on_storage_error(settings):
@@ -103,7 +101,7 @@ def check_lineage(study: optuna.Study, lineage: str) -> None:
 
 
 def check_folder(study: optuna.Study, folder: Path) -> None:
-    """A study belongs to one run folder, which has its trials' locks and shards. Raises `BadInput` for another folder's."""
+    """A study belongs to one run folder, which has its trials' shards. Raises `BadInput` for another folder's."""
     path = folder / ".locks" / "folder"
     if not path.exists():
         with atomic_write(path) as partial:
@@ -113,8 +111,8 @@ def check_folder(study: optuna.Study, folder: Path) -> None:
         study.set_user_attr("folder", token)
     if study.user_attrs.get("folder") != token:
         raise BadInput(
-            f"The storage holds a study {study.study_name} of another run folder: let both share the folder (then `sdlab work` "
-            "helps), or give the experiment another name, or the `storage` setting another database."
+            f"The storage holds a study {study.study_name} of another run folder: give the "
+            "experiment another name, or the `storage` setting another database."
         )
 
 
@@ -130,38 +128,84 @@ def count_finished(study: optuna.Study) -> int:
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
-@contextlib.contextmanager
-def claim_trial(folder: Path, study: optuna.Study, trials: int) -> Iterator[Trial | None]:
-    """Claim the next trial for the block: an interrupted one first, otherwise a new one; None if none is left.
+class TrialOrder:
+    """The order in which trials that run at a time are asked, judged and told: it does not depend on their pace.
 
-    The claim is a file lock. If this process dies, the next process to ask continues the trial.
+    Trials are asked and told in order; trial n is asked once trial n - `parallel` is told. Rung r of a trial is judged after
+    rung r of each earlier trial that is still alive. With one trial at a time this is the usual order.
     """
-    locks = folder / ".locks"
-    with contextlib.ExitStack() as claims:
-        claimed = None
-        with file_lock(locks / study.study_name):  # one process asks at a time
-            existing = study.get_trials(deepcopy=False)
-            for number in range(trials):
-                known = existing[number] if number < len(existing) else None
-                if known is not None and known.state.is_finished():
-                    continue
-                if not claims.enter_context(file_lock(locks / f"{study.study_name}-{number:03d}", wait=False)):
-                    continue
-                # Its process may have finished it and released the lock since it was read.
-                if known is None or not study._storage.get_trial(known._trial_id).state.is_finished():
-                    claimed = study.ask() if known is None else Trial(study, known._trial_id)
-                    break
-        yield claimed
+
+    def __init__(self, told: int, parallel: int):
+        self.asked = self.told = told
+        self.parallel = parallel
+        self.rungs: dict[
+            int, float
+        ] = {}  # trial that is not told yet -> rungs that it has passed; infinite once it ended
+        self.changed, self.stopped = threading.Condition(), False
+
+    @contextlib.contextmanager
+    def turn(self, has_come: Callable[[], bool]) -> Iterator[None]:
+        """The block runs alone, once its turn has come. Raises `CancelledError` after `stop`."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or has_come())
+            if self.stopped:
+                raise CancelledError
+            yield
+            self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def asking(self, number: int) -> Iterator[None]:
+        with self.turn(lambda: self.asked == number and self.told > number - self.parallel):
+            yield
+            self.asked += 1
+            self.rungs[number] = 0
+
+    @contextlib.contextmanager
+    def judging(self, number: int, rung: int) -> Iterator[None]:
+        with self.turn(lambda: all(self.rungs[before] > rung for before in range(self.told, number))):
+            yield
+            self.rungs[number] = rung + 1
+
+    def end(self, number: int) -> None:
+        """The trial passes no further rung."""
+        with self.turn(lambda: True):
+            self.rungs[number] = math.inf
+
+    @contextlib.contextmanager
+    def telling(self, number: int) -> Iterator[None]:
+        with self.turn(lambda: self.told == number):
+            yield
+            self.told += 1
+
+    def stop(self) -> None:
+        """Nobody's turn comes any more: a trial failed, or was interrupted."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+
+def open_trial(study: optuna.Study, number: int) -> Trial:
+    """An interrupted trial of that number, or a new one."""
+    existing = study.get_trials(deepcopy=False)
+    return Trial(study, existing[number]._trial_id) if number < len(existing) else study.ask()
 
 
 class BufferedStorage:
-    """A storage that collects what would be written of a trial instead of writing it."""
+    """A storage that collects what would be written of a trial instead of writing it.
 
-    def __init__(self, storage):
-        self.storage, self.written = storage, {}
+    Trials from number `running` on are shown as running, even if their scores are here already.
+    """
+
+    def __init__(self, storage, running: float):
+        self.storage, self.running, self.written = storage, running, {}
 
     def __getattr__(self, name: str):
         return getattr(self.storage, name)
+
+    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list:
+        trials = self.storage.get_all_trials(study_id, deepcopy=False)
+        trials = [as_running(trial) if trial.number >= self.running else trial for trial in trials]
+        return [trial for trial in trials if states is None or trial.state in states]
 
     def set_trial_system_attr(self, _: int, key: str, value) -> None:
         self.written[key] = value
@@ -170,10 +214,16 @@ class BufferedStorage:
         pass
 
 
-def without_writing(study: optuna.Study) -> optuna.Study:
-    """The same study; it reads the storage and writes nothing of a trial to it."""
+def as_running(trial: FrozenTrial) -> FrozenTrial:
+    shown = copy.copy(trial)
+    shown.state, shown.values = TrialState.RUNNING, None
+    return shown
+
+
+def without_writing(study: optuna.Study, running: float = math.inf) -> optuna.Study:
+    """The same study; it reads the storage, and writes nothing of a trial to it."""
     reader = copy.copy(study)
-    reader._storage = BufferedStorage(study._storage)
+    reader._storage = BufferedStorage(study._storage, running)
     return reader
 
 
@@ -182,14 +232,15 @@ def draw_parameters(
     trial: Trial,
     distributions: Mapping[str, BaseDistribution],
     sampler: optuna.samplers.BaseSampler,
+    parallel: int = 1,
 ) -> dict[str, Any]:
-    """The trial's parameters, by name.
+    """The trial's parameters, by name. The sampler sees the `parallel` - 1 trials before it as running.
 
     They are drawn together and kept with the trial in one piece before the first is written: a sampler would draw the
     others differently for a trial that already has one, such as a trial interrupted in between.
     """
     if "drawn" not in trial.user_attrs:
-        reader = without_writing(study)
+        reader = without_writing(study, trial.number - parallel + 1)
         reader.sampler = sampler
         draft = Trial(reader, trial._trial_id)
         drawn = {

@@ -24,7 +24,7 @@ from sdlab.paths import project_path, relative_to_project
 from sdlab.runs import records
 from sdlab.runs.files import atomic_write, cannot_write, folder_size, write_errno
 from sdlab.runs.parameters import from_yaml, parameter_file, read_parameters
-from sdlab.runs.stages import STAGES, Reason, Stage, State, check_stage, stage_state
+from sdlab.runs.stages import STAGES, State, check_stage, stage_state
 from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
 
@@ -183,45 +183,6 @@ def show_tables(settings: Settings) -> None:
         f"Figures: {', '.join(f'{folder}/{path.name}' for path in sorted(settings.report_folder.glob('*.png')))}"
     )
     click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {folder}/")
-
-
-@cli.command()
-@with_settings
-def work(settings: Settings) -> None:
-    """Take trials of the searches next to `sdlab run`: on another GPU (-p device cuda:1), or a machine that shares the folder.
-
-    Waits for each search to begin, and ends with the last. A search that several processes share does not repeat.
-    """
-    loaded = ()
-    for number, search in (("02", "search_class_encoder"), ("04", "search_unet")):
-        stage = STAGES[number]
-        wait_for_stage(settings, stage, State.BEGUN, State.DONE)
-        if stage_state(settings, number).state == State.DONE:
-            continue
-        from sdlab import search as searches
-        from sdlab.base_models import load_base_model
-        from sdlab.data.datasets import load_dataset
-        from sdlab.runs.run import Run
-
-        loaded = loaded or (load_dataset(settings), load_base_model(settings))
-        run = Run(settings, stage.stem, *loaded, helping=True)
-        if not run.finished:
-            getattr(searches, search)(run)
-            click.echo(f"{stage.stem}: no trial is left to take")
-        wait_for_stage(settings, stage, State.DONE)
-
-
-def wait_for_stage(settings: Settings, stage: Stage, *states: State) -> None:
-    """Wait until a stage is in one of these states. Raises `BadInput` for one that cannot be opened."""
-    said = False
-    while (state := stage_state(settings, stage.number)).state not in states or state.reason == Reason.MORE_TRIALS:
-        if state.state in (State.STALE, State.DAMAGED):
-            check_stage(settings, stage.number)
-        if not said:
-            what = "begin" if State.BEGUN in states else "end"
-            click.echo(f"waiting for {stage.stem} to {what} (`sdlab run {as_typed(settings)}`)", err=True)
-            said = True
-        time.sleep(1)
 
 
 @cli.command()

@@ -20,9 +20,9 @@ from sdlab.data.images import DatasetFacts
 from sdlab.data.model_files import is_available_locally
 from sdlab.evaluation import load_optimum
 from sdlab.report.costs import planned_settings
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import free_space
 from sdlab.runs.records import read_record
-from sdlab.runs.run import Experiment
 from sdlab.runs.stages import STAGES
 from sdlab.runs.studies import study_name
 from sdlab.sampling_config import SamplingConfig

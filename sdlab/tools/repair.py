@@ -7,9 +7,9 @@ import click
 from sdlab.errors import BadInput
 from sdlab.paths import relative_to_project
 from sdlab.runs.aside import files_of_stages, move_aside, new_aside_folder
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import is_inside
 from sdlab.runs.locks import Lock
-from sdlab.runs.run import Experiment
 from sdlab.runs.shards import read_manifest
 from sdlab.runs.stages import SEARCHES, STAGES, downstream_stages
 from sdlab.runs.verify import Action, verify

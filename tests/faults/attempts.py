@@ -157,7 +157,7 @@ def log_work(log: Path, stage: str) -> None:
         "train_classifier",
         lambda train, val, n, recipe, seed, *_: f"classifier {train.fingerprint()} {recipe} {seed}",
     )
-    logged(search, "run_trial", lambda run, _, study, trial, *__: f"trial {study.study_name} {trial.number}")
+    logged(search, "run_trial", lambda run, _, study, order, number, *__: f"trial {study.study_name} {number}")
     if stage in ("01", "03"):  # 00 times a few, for its plan
         logged(training, "predict", lambda *_: "step")
 

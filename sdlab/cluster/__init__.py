@@ -1,0 +1,1 @@
+"""Tasks in this process, on local workers or on a Dask cluster."""

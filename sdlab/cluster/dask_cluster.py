@@ -1,0 +1,305 @@
+"""Tasks on a Dask cluster. Scheduling, late workers and dead ones are Dask's; files, retries and order are decided here.
+
+One thread handles what comes back. A worker that lacks files gets them in chunks, through the scheduler but outside its
+graph of tasks, so that neither ever holds a whole one. Jobs are submitted in the order of their priority, a few at a time.
+"""
+
+import functools
+import heapq
+import itertools
+import json
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from sdlab.cluster.blobs import CHUNK, missing_files, receive
+from sdlab.data import model_files
+from sdlab.data.images import Split, TrainingImages
+from sdlab.errors import BadInput, first_line
+from sdlab.paths import project_path
+from sdlab.runs.files import atomic_write, sha256_of_file
+from sdlab.settings import Settings
+
+dask.config.set({"logging.distributed": "critical", "logging.tornado": "critical"})  # before it is imported
+import distributed  # noqa: E402
+
+from sdlab.cluster.worker import SPLITS, Context, Images, Job, describe, perform  # noqa: E402
+
+CONNECT = 15  # seconds for the scheduler's answer
+WAIT = 300  # seconds for a first worker
+ATTEMPTS = 3  # of a job whose workers were lost
+LOST = (distributed.KilledWorker, distributed.CancelledError, OSError, TimeoutError, KeyError)
+
+
+@dataclass(order=True)
+class Entry:
+    """A submitted job: the lower its priority and number, the earlier it runs."""
+
+    priority: int
+    number: int
+    job: Job = field(compare=False)
+    future: Future = field(compare=False, default_factory=Future)
+    lost: int = field(compare=False, default=0)  # times
+
+
+class Cluster(Executor):
+    """Workers of this machine (`cluster: local`), or of the scheduler that the setting names."""
+
+    def __init__(self, experiment: Any):
+        settings = self.settings = experiment.settings
+        self.shared = experiment.folder / "begun" / "shared"  # arrays that workers may ask for
+        self.sources: dict[str, Path] = {}  # sha256 -> file
+        self.hashes: dict[Path, str] = {}  # file -> sha256
+        self.local = start_local_workers(settings) if settings.cluster == "local" else None
+        self.client = connect(settings, self.local)
+        self.environment = self.kind_of_worker()
+        self.on_cpu, self.threads = "cuda" not in self.environment["device"], settings.cluster_threads
+        self.refused: dict[str, str] = {}  # worker -> how it differs
+        self.experiment = experiment
+        self.lock, self.counter = threading.RLock(), itertools.count()
+        self.waiting: list[Entry] = []
+        self.running: dict[str, tuple[Entry, distributed.Future]] = {}
+        self.ended: queue.SimpleQueue = queue.SimpleQueue()
+        self.handler = threading.Thread(target=self.handle_all, name="cluster", daemon=True)
+        self.handler.start()
+
+    # ---------------------------------------------------------------------------------------- concurrent.futures
+
+    def submit(
+        self,
+        function: Callable,
+        experiment: Any,
+        /,
+        *args: Any,
+        files: Iterable[Path] = (),
+        threads: int = 1,
+        priority: int = 0,
+    ) -> Future:
+        """A `Future` of `function(experiment, *args, on_progress)` on a worker. `files` lie in the experiment's folder."""
+        names = tuple((path.relative_to(experiment.folder).as_posix(), self.share_file(path)) for path in files)
+        args = tuple(self.share_images(arg) if isinstance(arg, Split | TrainingImages) else arg for arg in args)
+        entry = Entry(priority, next(self.counter), Job(self.context, function, args, names, threads))
+        with self.lock:
+            heapq.heappush(self.waiting, entry)
+            self.start_jobs()
+        return entry.future
+
+    def each(
+        self,
+        function: Callable,
+        experiment: Any,
+        calls: Iterable[tuple],
+        finished: Callable[[tuple, Any], None],
+        on_progress: Callable[[int], Any],
+        at_a_time: int = 1,
+        files: Iterable[Path] = (),
+        steps: int = 1,
+        priority: int = 0,
+    ) -> None:
+        """`finished(call, result)` for each call as it ends; at most two a worker wait or run. A call counts for `steps`."""
+        calls, pending, how = (
+            iter(calls),
+            {},
+            dict(files=files, threads=max(1, self.threads // at_a_time), priority=priority),
+        )
+        try:
+            while True:
+                for call in itertools.islice(calls, max(0, self.window() - len(pending))):
+                    pending[self.submit(function, experiment, *call, **how)] = call
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    finished(pending.pop(future), future.result())
+                    on_progress(steps)
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the workers of this machine; leave others to their scheduler."""
+        self.ended.put(None)
+        self.client.close()
+        if self.local is not None:
+            self.local.close()
+
+    # ------------------------------------------------------------------------------------------------ what comes back
+
+    def window(self) -> int:
+        return 2 * max(1, len(self.client.nthreads()))
+
+    def start_jobs(self) -> None:
+        """Submit the first of the waiting jobs, as many as there is room for."""
+        room = self.window() if self.waiting else 0
+        while self.waiting and len(self.running) < room:
+            entry = heapq.heappop(self.waiting)
+            if entry.future.set_running_or_notify_cancel():
+                self.start(entry)
+
+    def start(self, entry: Entry, worker: str = "") -> None:
+        allowed = (
+            [worker]
+            if worker
+            else [w for w in self.client.nthreads() if w not in self.refused]
+            if self.refused
+            else None
+        )
+        future = self.client.submit(
+            perform,
+            entry.job,
+            pure=False,
+            retries=0,
+            priority=-entry.priority,
+            workers=allowed,
+            allow_other_workers=bool(worker),
+        )
+        self.running[future.key] = entry, future
+        future.add_done_callback(self.ended.put)
+
+    def handle_all(self) -> None:
+        while (future := self.ended.get()) is not None:
+            with self.lock:
+                entry, _ = self.running.pop(future.key)
+                try:
+                    self.handle(entry, future)
+                except BaseException as error:
+                    entry.future.set_exception(error)
+                self.start_jobs()
+
+    def handle(self, entry: Entry, future: distributed.Future) -> None:
+        """Pass a result on; send files that are missing; give a lost job, or one on another kind of worker, to another worker."""
+        try:
+            outcome = future.result()
+            if outcome.missing:
+                self.send(outcome.missing, outcome.worker)
+        except LOST as error:
+            entry.lost += 1
+            if entry.lost == ATTEMPTS:
+                raise BadInput(
+                    f"Workers were lost {ATTEMPTS} times over the same task ({first_line(error)}): see their logs."
+                ) from None
+            self.start(entry)
+            return
+        if outcome.missing:
+            self.start(entry, outcome.worker)
+        elif outcome.differences:
+            self.refuse(outcome.worker, outcome.differences)
+            self.start(entry)
+        else:
+            entry.future.set_result(outcome.result)
+
+    def refuse(self, worker: str, differences: tuple[str, ...]) -> None:
+        """Note a worker of another kind, which gets no jobs. Raises `BadInput` if there is no other."""
+        if worker not in self.refused:
+            self.refused[worker] = ", ".join(differences)
+            print(f"The worker {worker} is not used: {self.refused[worker]}. `cluster_any_worker: true` accepts it.")
+        if not self.client.nthreads().keys() - self.refused.keys():
+            raise BadInput(
+                f"No worker of the kind that this stage began with is left; {worker} has {self.refused[worker]}."
+            )
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    @functools.cached_property
+    def context(self) -> Context:
+        """The base model's files and the real images, as workers ask for them."""
+        base, data = self.experiment.base, self.experiment.data
+        names = [*model_files.CONFIGS, *base.sha256]
+        names += [name for name in model_files.list_files(base.folder) if name.endswith(".json") and name not in names]
+        files = tuple((name, self.share_file(base.folder / name, base.sha256.get(name))) for name in sorted(names))
+        arrays = {
+            f"{name}.{kind}": getattr(data.splits[name], kind) for name in SPLITS for kind in ("images", "labels")
+        }
+        dataset = self.share_arrays(data.fingerprint()[:16], arrays)
+        environment = tuple(sorted(self.environment.items()))
+        return Context(self.settings, dataset, tuple(data.class_names), files, environment)
+
+    def share_file(self, path: Path, sha256: str | None = None) -> str:
+        """Files of a stage do not change, so each is hashed once."""
+        if path not in self.hashes:
+            self.hashes[path] = sha256 or sha256_of_file(path)
+            self.sources[self.hashes[path]] = path
+        return self.hashes[path]
+
+    def share_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> str:
+        path = self.shared / f"{name}.safetensors"
+        if not path.exists():
+            with atomic_write(path) as partial:
+                save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, partial)
+        return self.share_file(path)
+
+    def share_images(self, images: Split | TrainingImages) -> Images:
+        """The shards that a split was read from, or a file of its own."""
+        split = images.split() if isinstance(images, TrainingImages) else images
+        if split.shards:
+            return Images(tuple(itertools.starmap(self.share_file, split.shards)), len(split))
+        arrays = dict(images=split.images, labels=split.labels)
+        return Images((self.share_arrays(split.fingerprint()[:16], arrays),), len(split))
+
+    def send(self, missing: Sequence[str], worker: str) -> None:
+        """Send files to a worker's cache, a chunk at a time, but what another worker of its machine has got meanwhile."""
+        limit = self.settings.cluster_cache_gb * 1e9
+        for sha256 in self.client.run(missing_files, limit, missing, workers=[worker])[worker]:
+            size = self.sources[sha256].stat().st_size
+            with self.sources[sha256].open("rb") as file:
+                for offset in range(0, max(size, 1), CHUNK):
+                    self.client.run(receive, limit, sha256, offset, size, file.read(CHUNK), workers=[worker])
+
+    def kind_of_worker(self) -> dict[str, Any]:
+        """What the first worker is, which all others have to be. Raises `BadInput`."""
+        how = f"`dask worker {self.client.scheduler.address} --nthreads 1`, in an environment with sdlab"
+        try:
+            self.client.wait_for_workers(1, timeout=WAIT)
+        except TimeoutError:
+            raise BadInput(f"No worker joined {self.settings.cluster} within {WAIT} s: start one with {how}.") from None
+        first = next(iter(self.client.nthreads()))
+        try:
+            kind = self.client.run(describe, self.settings.device, workers=[first])[first]
+        except Exception as error:
+            raise BadInput(f"The worker {first} cannot be used: {first_line(error)}") from None
+        if kind["tasks at a time"] != 1:
+            raise BadInput(f"The worker {first} does {kind['tasks at a time']} tasks at a time: start it with {how}.")
+        return kind
+
+
+def connect(settings: Settings, local: Any) -> distributed.Client:
+    """A client of the cluster. Raises `BadInput` if its scheduler does not answer."""
+    address = settings.cluster
+    how = dict(address=local or address)
+    if address.endswith(".json"):
+        how = dict(scheduler_file=str(project_path(address)))
+    try:
+        if "scheduler_file" in how:  # Dask would wait for it
+            json.loads(Path(how["scheduler_file"]).read_text(encoding="utf-8"))
+        return distributed.Client(**how, timeout=CONNECT, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise BadInput(
+            f"The scheduler of `cluster: {address}` does not answer ({first_line(error)}): start it with `dask scheduler`, or "
+            "take `cluster: local`."
+        ) from None
+
+
+def start_local_workers(settings: Settings) -> distributed.SpecCluster:
+    """One worker a GPU, or `workers` on a CPU. Their scheduler listens on 127.0.0.1: whoever reaches it can run code."""
+    gpus = torch.cuda.device_count() if settings.device in ("auto", "cuda") and torch.cuda.is_available() else 0
+    count = settings.workers or gpus or max(1, (os.cpu_count() or 1) // settings.cluster_threads)
+    options = [dict(nthreads=1, host="127.0.0.1", memory_limit=0, dashboard_address=None) for _ in range(count)]
+    for index, option in enumerate(options if gpus else ()):
+        option |= dict(env={"CUDA_VISIBLE_DEVICES": str(index % gpus)}, resources={"GPU": 1})
+    dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical"})
+    scheduler = dict(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0")
+    return distributed.SpecCluster(
+        workers={i: dict(cls=distributed.Nanny, options=option) for i, option in enumerate(options)},
+        scheduler=dict(cls=distributed.Scheduler, options=scheduler),
+        silence_logs=logging.CRITICAL,
+    )

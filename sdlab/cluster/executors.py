@@ -1,0 +1,63 @@
+"""Where the tasks of a stage run: in this process, on workers of this machine, or on a Dask cluster. Imports no Dask.
+
+A task is a function of an `Experiment` and small values: one shard of a set, one classifier, one part of the latents. At an
+equal number of threads it returns the same bytes everywhere. Only the caller writes files.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import torch
+
+from sdlab.devices import choose_device
+from sdlab.threads import map_in_threads
+
+
+class InThisProcess(Executor):
+    """Threads of this process. One caller's tasks at a time: the number of torch's threads is the process's."""
+
+    alone = threading.RLock()
+
+    def __init__(self, device: str = "auto"):
+        self.device = device
+
+    @property
+    def threads(self) -> int:
+        """Of a worker, for torch."""
+        return torch.get_num_threads()
+
+    @property
+    def on_cpu(self) -> bool:
+        return choose_device(self.device).type == "cpu"
+
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """Call it now, in this thread."""
+        future = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+    def each(
+        self,
+        function: Callable,
+        experiment: Any,
+        calls: Sequence[tuple],
+        finished: Callable[[tuple, Any], None],
+        on_progress: Callable[[int], Any],
+        at_a_time: int = 1,
+        **_: Any,
+    ) -> None:
+        """`finished(call, function(experiment, *call, on_progress))` for each call, `at_a_time` in threads."""
+        counting = threading.Lock()
+
+        def run_task(call: tuple, check_cancelled: Callable[[], None]) -> None:
+            def progressed(n: int = 1) -> None:
+                check_cancelled()
+                with counting:
+                    on_progress(n)
+
+            finished(call, function(experiment, *call, progressed))
+
+        with self.alone:  # trials that run at a time take turns
+            map_in_threads(run_task, calls, at_a_time)
