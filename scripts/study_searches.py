@@ -32,9 +32,10 @@ from sdlab.data.images import Split
 from sdlab.evaluation import load_optimum, train_and_score_classifiers
 from sdlab.generation import generate_images, plan_generation
 from sdlab.paths import PROJECT_ROOT
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import write_json
 from sdlab.runs.parameters import parameter_file
-from sdlab.runs.run import Run
+from sdlab.runs.stages import State, stage_state
 from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.search import new_pruner, new_sampler
 from sdlab.seeds import derive_seed
@@ -63,9 +64,9 @@ def measure(experiment: str, table: Path) -> None:
     """Score every point of the grid with the checkpoints of a finished EXPERIMENT."""
     settings = Settings.from_file(parameter_file(experiment))
     data, base = load_dataset(settings), load_base_model(settings)
-    run = Run(settings, "05_scaling", data, base, helping=True)  # reads only
-    if not run.finished:
+    if stage_state(settings, "05").state != State.DONE:
         raise click.ClickException(f"{experiment} is not finished: `sdlab run {experiment}` first.")
+    run = Experiment(settings, data, base)
     class_encoder_epoch = load_optimum(run, "search_1").class_encoder_epoch
     measured = json.loads(table.read_text()) if table.exists() else dict(experiment=settings.experiment, points={})
     grid = list(itertools.product(STEPS, GUIDANCE, EPOCHS))

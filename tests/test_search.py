@@ -224,7 +224,7 @@ def at_another_pace(monkeypatch, rng):
 
 @pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
 def test_trials_at_a_time_are_the_same_search_at_any_pace(world, data, tmp_path, monkeypatch, pruner):
-    """20 random orders of results; in every second one the driver is cut again and again, between any two writes."""
+    """Ten random orders of results for each pruner; in every second one the driver is cut again and again, between writes."""
     settings = dataclasses.replace(
         world[0], search_parallel=4, search_pruner=pruner, search_reduction_factor=2, search_startup_trials=3
     )
@@ -237,7 +237,7 @@ def test_trials_at_a_time_are_the_same_search_at_any_pace(world, data, tmp_path,
     assert {t["state"] for t in whole} == {"complete", "pruned"}
     left, cuts = [0], []
     cut_writes(monkeypatch, left, cuts)
-    for order in range(20):
+    for order in range(10):
         rng, found = np.random.default_rng(order), None
         here = dataclasses.replace(settings, runs_root=str(tmp_path / str(order)))
         with monkeypatch.context() as patch:
@@ -247,7 +247,7 @@ def test_trials_at_a_time_are_the_same_search_at_any_pace(world, data, tmp_path,
                 with contextlib.suppress(KeyboardInterrupt):
                     found, _ = searched(here, data, 12)
         assert strip(found) == whole, order
-    assert len(cuts) > 30
+    assert len(cuts) > 15
 
 
 def test_a_parallel_search_that_is_extended_is_the_same_as_one_that_was_as_long(world, data, tmp_path):
