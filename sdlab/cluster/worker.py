@@ -7,7 +7,6 @@ settings say, else from the driver, which sends what `perform` reports as missin
 import functools
 import hashlib
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from sdlab.data.model_files import base_model_folder
 from sdlab.devices import choose_device
 from sdlab.errors import BadInput
 from sdlab.runs.experiment import Experiment
-from sdlab.runs.files import sha256_of_file
+from sdlab.runs.files import sha256_of_file, sha256_of_json
 from sdlab.runs.records import environment
 from sdlab.settings import Settings
 
@@ -45,7 +44,7 @@ class Context:
 
     @functools.cached_property
     def key(self) -> str:
-        return hashlib.sha256(pickle.dumps((self.settings, self.dataset, self.base))).hexdigest()[:16]
+        return sha256_of_json([self.settings.as_dict(), self.dataset, self.base])[:16]
 
 
 @dataclass(frozen=True)

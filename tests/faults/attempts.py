@@ -151,7 +151,7 @@ def log_work(log: Path, stage: str) -> None:
         setattr(module, name, function)
 
     logged(generation, "generate_images", lambda _, plan, indices, *__: f"shard {plan.key()} {indices[0]}")
-    logged(latents, "encode_part", lambda images, places, *_: f"latents {places.start}")
+    logged(latents, "encode_part", lambda base, images, places, *_: f"latents {places.start}")
     logged(
         evaluation,
         "train_classifier",
