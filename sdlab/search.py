@@ -159,7 +159,11 @@ def run_search(run: Run, search: Search) -> dict:
                 run_trial(run, search, study, order, number, artifacts)
                 bar.update()
 
-            map_in_order(run_one, range(finished, search.trials), parallel, order.stop)
+            def stop() -> None:
+                order.stop()
+                run.executor.cancel()
+
+            map_in_order(run_one, range(finished, search.trials), parallel, stop)
         finalists = score_finalists(run, search, study)
         return run.save_metrics(search.name, export_search(study, settings, search.space, finalists))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,17 @@ def test_a_worker_of_another_kind_is_refused_by_name(settings, data, base, sched
         opened(settings, data, base, cluster=file)
 
 
+def test_a_late_worker_of_another_kind_gets_no_tasks(settings, data, base, here, scheduler, capsys):
+    file, start_worker = scheduler
+    start_worker()
+    run = opened(settings, data, base, cluster=file)
+    start_worker("--nthreads", 2, "--no-nanny")
+    run.executor.client.wait_for_workers(2)
+    assert results(run) == here
+    said = capsys.readouterr().out
+    assert said.count("is not used: tasks at a time 2 instead of 1. `cluster_any_worker: true` accepts it.") == 1
+
+
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [
@@ -268,3 +280,21 @@ def test_local_workers_end_with_their_driver(tmp_path, how):
     driver.kill()
     driver.wait()
     assert not left
+
+
+def test_a_cancelled_caller_does_not_wait_for_the_workers(settings, data, base, monkeypatch):
+    """A trial failed, or the user stopped the cell: nobody waits for what workers still do, and they serve the next call."""
+    run = opened(settings, data, base, cluster="local", workers=1)
+    future = run.executor.submit(sleep_for, run, 2.0)
+    time.sleep(0.2)
+    run.executor.cancel()
+    with pytest.raises(CancelledError):
+        future.result(timeout=1)
+    assert run.executor.submit(sleep_for, run, 0.0).result(timeout=60) == 0.0
+    run.executor.shutdown()
+    run.lock.release()
+
+
+def sleep_for(run, seconds, on_progress) -> float:
+    time.sleep(seconds)
+    return seconds

@@ -4,6 +4,7 @@ One thread handles what comes back. A worker that lacks files gets them in chunk
 graph of tasks, so that neither ever holds a whole one. Jobs are submitted in the order of their priority, a few at a time.
 """
 
+import dataclasses
 import functools
 import heapq
 import itertools
@@ -12,8 +13,9 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from sdlab.cluster.worker import SPLITS, Context, Images, Job, describe, perform
 
 CONNECT = 15  # seconds for the scheduler's answer
 WAIT = 300  # seconds for a first worker
+PATIENCE = 60  # seconds without a result, and without a worker, until the user is told
 ATTEMPTS = 3  # of a job whose workers were lost
 LOST = (distributed.KilledWorker, distributed.CancelledError, OSError, TimeoutError, KeyError)
 
@@ -108,23 +111,31 @@ class Cluster(Executor):
         priority: int = 0,
     ) -> None:
         """`finished(call, result)` for each call as it ends; at most two a worker wait or run. A call counts for `steps`."""
-        calls, pending, how = (
-            iter(calls),
-            {},
-            dict(files=files, threads=max(1, self.threads // at_a_time), priority=priority),
-        )
+        how = dict(files=files, threads=max(1, self.threads // at_a_time), priority=priority)
+        calls, pending = iter(calls), {}
         try:
             while True:
                 for call in itertools.islice(calls, max(0, self.window() - len(pending))):
                     pending[self.submit(function, experiment, *call, **how)] = call
                 if not pending:
                     return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                ended = wait(pending, timeout=PATIENCE, return_when=FIRST_COMPLETED).done
+                if not ended and not self.client.nthreads():
+                    print(f"There is no worker left: tasks wait for one to join {self.client.scheduler.address}.")
+                for future in ended:
                     finished(pending.pop(future), future.result())
                     on_progress(steps)
         finally:
             for future in pending:
                 future.cancel()
+
+    def cancel(self) -> None:
+        """Whoever waits for a result gets `CancelledError`; what workers still do is ignored."""
+        with self.lock:
+            for entry in (*self.waiting, *(entry for entry, _ in self.running.values())):
+                if not entry.future.done():
+                    entry.future.set_exception(CancelledError())
+            self.waiting.clear()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers of this machine; leave others to their scheduler."""
@@ -147,21 +158,15 @@ class Cluster(Executor):
                 self.start(entry)
 
     def start(self, entry: Entry, worker: str = "") -> None:
-        allowed = (
-            [worker]
-            if worker
-            else [w for w in self.client.nthreads() if w not in self.refused]
-            if self.refused
-            else None
-        )
+        preferred = [worker] if worker else [w for w in self.client.nthreads() if w not in self.refused]
         future = self.client.submit(
             perform,
             entry.job,
             pure=False,
             retries=0,
             priority=-entry.priority,
-            workers=allowed,
-            allow_other_workers=bool(worker),
+            workers=preferred,
+            allow_other_workers=True,  # if these are gone
         )
         self.running[future.key] = entry, future
         future.add_done_callback(self.ended.put)
@@ -171,7 +176,8 @@ class Cluster(Executor):
             with self.lock:
                 entry, _ = self.running.pop(future.key)
                 try:
-                    self.handle(entry, future)
+                    if not entry.future.done():  # else it was cancelled
+                        self.handle(entry, future)
                 except BaseException as error:
                     entry.future.set_exception(error)
                 self.start_jobs()
@@ -199,7 +205,7 @@ class Cluster(Executor):
             entry.future.set_result(outcome.result)
 
     def refuse(self, worker: str, differences: tuple[str, ...]) -> None:
-        """Note a worker of another kind, which gets no jobs. Raises `BadInput` if there is no other."""
+        """Note a worker of another kind, which gets no more jobs. Raises `BadInput` if there is no other."""
         if worker not in self.refused:
             self.refused[worker] = ", ".join(differences)
             print(f"The worker {worker} is not used: {self.refused[worker]}. `cluster_any_worker: true` accepts it.")
@@ -207,6 +213,7 @@ class Cluster(Executor):
             raise BadInput(
                 f"No worker of the kind that this stage began with is left; {worker} has {self.refused[worker]}."
             )
+        time.sleep(0.2)  # it may ask again and again while the others are busy
 
     # -------------------------------------------------------------------------------------------------------- files
 
@@ -222,7 +229,8 @@ class Cluster(Executor):
         }
         dataset = self.share_arrays(data.fingerprint()[:16], arrays)
         environment = tuple(sorted(self.environment.items()))
-        return Context(self.settings, dataset, tuple(data.class_names), files, environment)
+        settings = dataclasses.replace(self.settings, storage="")  # may name a server that workers do not need
+        return Context(settings, dataset, tuple(data.class_names), files, environment)
 
     def share_file(self, path: Path, sha256: str | None = None) -> str:
         """Files of a stage do not change, so each is hashed once."""

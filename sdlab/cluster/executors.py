@@ -38,6 +38,9 @@ class InThisProcess(Executor):
         future.set_result(function(*args, **kwargs))
         return future
 
+    def cancel(self) -> None:
+        """Nothing waits here: a task ends with its thread."""
+
     def each(
         self,
         function: Callable,
