@@ -13,7 +13,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import dataclass, field
@@ -72,7 +71,7 @@ class Cluster(Executor):
         self.experiment = experiment
         self.lock, self.counter = threading.RLock(), itertools.count()
         self.waiting: list[Entry] = []
-        self.running: dict[str, tuple[Entry, distributed.Future]] = {}
+        self.running: dict[str, tuple[Entry, distributed.Future, list[str] | None]] = {}  # and the workers it is for
         self.ended: queue.SimpleQueue = queue.SimpleQueue()
         self.handler = threading.Thread(target=self.handle_all, name="cluster", daemon=True)
         self.handler.start()
@@ -120,8 +119,8 @@ class Cluster(Executor):
                 if not pending:
                     return
                 ended = wait(pending, timeout=PATIENCE, return_when=FIRST_COMPLETED).done
-                if not ended and not self.client.nthreads():
-                    print(f"There is no worker left: tasks wait for one to join {self.client.scheduler.address}.")
+                if not ended:
+                    self.look_for_workers()
                 for future in ended:
                     finished(pending.pop(future), future.result())
                     on_progress(steps)
@@ -129,10 +128,19 @@ class Cluster(Executor):
             for future in pending:
                 future.cancel()
 
+    def look_for_workers(self) -> None:
+        """Say that there is none. Give jobs whose workers are all gone to those that came after."""
+        with self.lock:
+            if not (present := self.client.nthreads().keys()):
+                print(f"There is no worker left: tasks wait for one to join {self.client.scheduler.address}.")
+            for _, future, allowed in list(self.running.values()):
+                if allowed and not present & set(allowed):
+                    future.cancel()
+
     def cancel(self) -> None:
         """Whoever waits for a result gets `CancelledError`; what workers still do is ignored."""
         with self.lock:
-            for entry in (*self.waiting, *(entry for entry, _ in self.running.values())):
+            for entry in (*self.waiting, *(entry for entry, *_ in self.running.values())):
                 if not entry.future.done():
                     entry.future.set_exception(CancelledError())
             self.waiting.clear()
@@ -157,24 +165,24 @@ class Cluster(Executor):
             if entry.future.set_running_or_notify_cancel():
                 self.start(entry)
 
-    def start(self, entry: Entry, worker: str = "") -> None:
-        preferred = [worker] if worker else [w for w in self.client.nthreads() if w not in self.refused]
+    def start(self, entry: Entry) -> None:
+        """Submit a job to any worker, or to any that was not refused."""
+        allowed = [worker for worker in self.client.nthreads() if worker not in self.refused] if self.refused else None
         future = self.client.submit(
             perform,
             entry.job,
             pure=False,
             retries=0,
             priority=-entry.priority,
-            workers=preferred,
-            allow_other_workers=True,  # if these are gone
+            workers=allowed,
         )
-        self.running[future.key] = entry, future
+        self.running[future.key] = entry, future, allowed
         future.add_done_callback(self.ended.put)
 
     def handle_all(self) -> None:
         while (future := self.ended.get()) is not None:
             with self.lock:
-                entry, _ = self.running.pop(future.key)
+                entry, *_ = self.running.pop(future.key)
                 try:
                     if not entry.future.done():  # else it was cancelled
                         self.handle(entry, future)
@@ -196,10 +204,9 @@ class Cluster(Executor):
                 ) from None
             self.start(entry)
             return
-        if outcome.missing:
-            self.start(entry, outcome.worker)
-        elif outcome.differences:
+        if outcome.differences:
             self.refuse(outcome.worker, outcome.differences)
+        if outcome.missing or outcome.differences:
             self.start(entry)
         else:
             entry.future.set_result(outcome.result)
@@ -213,7 +220,6 @@ class Cluster(Executor):
             raise BadInput(
                 f"No worker of the kind that this stage began with is left; {worker} has {self.refused[worker]}."
             )
-        time.sleep(0.2)  # it may ask again and again while the others are busy
 
     # -------------------------------------------------------------------------------------------------------- files
 
