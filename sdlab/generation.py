@@ -149,8 +149,13 @@ def plan_generation(
 
 def checkpoints_of(run: Experiment, config: SamplingConfig) -> dict[str, str]:
     """Hashes of a config's checkpoints, by part. Raises `BadInput` for a missing one."""
+    return {part: checkpoint_sha(run.folder / part, epoch) for part, epoch in trained_epochs(config).items()}
+
+
+def trained_epochs(config: SamplingConfig) -> dict[str, int]:
+    """The epochs of a config's checkpoints, by part; an untrained part has none."""
     epochs = {"class_encoder": config.class_encoder_epoch, "unet": config.unet_epoch}
-    return {part: checkpoint_sha(run.folder / part, epoch) for part, epoch in epochs.items() if epoch}
+    return {part: epoch for part, epoch in epochs.items() if epoch}
 
 
 def generate_set(
@@ -170,10 +175,8 @@ def generate_set(
         base_model=run.base.fingerprint(),
         labels="uniform" if labels is None else "real",
     )
-    synthetic_set, files = (
-        SyntheticSet(run.folder / "synthetic" / plan.key(), plan, made_from),
-        checkpoint_files(run, config),
-    )
+    synthetic_set = SyntheticSet(run.folder / "synthetic" / plan.key(), plan, made_from)
+    files = checkpoint_files(run, config)
 
     def make(indices: Sequence[int], *how: Callable) -> None:
         calls = [(config, plan, index) for index in indices]
@@ -187,8 +190,7 @@ def generate_set(
 
 def checkpoint_files(run: Experiment, config: SamplingConfig) -> list[Path]:
     """The files of a config's checkpoints."""
-    epochs = {"class_encoder": config.class_encoder_epoch, "unet": config.unet_epoch}
-    folders = [epoch_folder(run.folder / part, epoch) for part, epoch in epochs.items() if epoch]
+    folders = [epoch_folder(run.folder / part, epoch) for part, epoch in trained_epochs(config).items()]
     return [folder / name for folder in folders for name in ("manifest.json", *checkpoint_hashes(folder))]
 
 

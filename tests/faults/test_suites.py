@@ -32,7 +32,7 @@ def test_a_kill_that_changed_a_byte_would_show(folder):
     state = folder / "kills.jsonl"
     if not state.exists():  # else the test above has made it
         command(sys.executable, FAULTS / "kills.py", "--folder", folder, "--kills", 1, "--runs", 0)
-    state.write_text(state.read_text().splitlines()[0] + "\n")  # the suite goes on with its second kill, of 01
+    state.write_text(state.read_text().splitlines()[0] + "\n")  # the suite continues with its second kill, of 01
     shard = sorted((folder / "after_01").rglob("shard_00000.safetensors"))[0]
     kept = shard.read_bytes()
     try:
