@@ -19,6 +19,7 @@ from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_
 from sdlab.runs.run import Run
 from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
+from sdlab.threads import map_in_order
 
 
 def train_and_score_classifiers(
@@ -82,12 +83,12 @@ def deciding_split(protocol: str) -> str:
 # ----------------------------------------------------------------------------------------- cells of the tables
 
 
-def score_training_set(run: Run, train: Split, name: str, title: str, **more: Any) -> dict:
+def score_training_set(run: Run, train: Split, name: str, title: str, priority: int = 0, **more: Any) -> dict:
     """A cell of a table: several classifiers on one training set, scored on the test set; saved in `metrics/<name>.json`."""
     settings = run.settings
     seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
     run.record_test_reading(f"{title}: {len(seeds)} classifiers")
-    scores = train_and_score_classifiers(run, train, seeds, ("val", "test"), title)
+    scores = train_and_score_classifiers(run, train, seeds, ("val", "test"), title, priority=priority)
     cell = dict(title=title, images=len(train), **more, val=summarize(scores["val"]), test=summarize(scores["test"]))
     return run.save_metrics(name, cell)
 
@@ -120,16 +121,21 @@ def table_1_set(run: Run, config: SamplingConfig) -> SyntheticSet:
 def score_scaling(run: Run, config: SamplingConfig) -> list[dict]:
     """Table 2: real, then x1 ... x10 of the real training set's size, nested in one pool with its class distribution."""
     size, largest = len(run.data.train), run.settings.scaling_max
-    pool, cells = None, []
-    for k in range(largest + 1):
-        name, title = ("real", "real") if k == 0 else (f"x{k:02d}", f"x{k}")
-        if run.metrics_path(name).exists():
-            cells.append(read_json(run.metrics_path(name)))
-            continue
-        if k and pool is None:
-            pool = generate_pool(run, config, largest * size)
-        cells.append(score_training_set(run, pool.split(k * size) if k else run.data.train, name, title))
-    return cells
+    names = ["real", *(f"x{k:02d}" for k in range(1, largest + 1))]
+    if all(run.metrics_path(name).exists() for name in names):
+        return load_cells(run, *names)
+    pool = generate_pool(run, config, largest * size)
+
+    def score_cell(k: int) -> dict:
+        if run.metrics_path(names[k]).exists():
+            return read_json(run.metrics_path(names[k]))
+        train, title = (pool.split(k * size), f"x{k}") if k else (run.data.train, "real")
+        return score_training_set(run, train, names[k], title, priority=k)
+
+    executor = run.executor
+    return map_in_order(
+        score_cell, range(largest + 1), executor.callers(run.settings.classifier_seeds), executor.cancel
+    )
 
 
 def generate_pool(run: Run, config: SamplingConfig, count: int) -> SyntheticSet:

@@ -11,7 +11,6 @@ its own number (`runs/studies.py`).
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -31,6 +30,7 @@ from sdlab.runs.stages import search_lineage
 from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
+from sdlab.threads import map_in_order
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -168,22 +168,6 @@ def run_search(run: Run, search: Search) -> dict:
         return run.save_metrics(search.name, export_search(study, settings, search.space, finalists))
 
 
-def map_in_order(task: Callable[[int], None], numbers: range, parallel: int, stop: Callable[[], None]) -> None:
-    """`task(number)` for each number, the lowest first, `parallel` in threads. The first failure stops all."""
-    if parallel == 1:
-        for number in numbers:
-            task(number)
-        return
-    with ThreadPoolExecutor(parallel) as pool:
-        try:
-            for future in as_completed([pool.submit(task, number) for number in numbers]):
-                future.result()
-        except BaseException:
-            stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def run_trial(
     run: Run, search: Search, study: optuna.Study, order: studies.TrialOrder, number: int,
     artifacts: studies.AtomicArtifactStore,
@@ -256,15 +240,17 @@ def score_finalists(run: Run, search: Search, study: optuna.Study) -> list[dict]
     if search.known is not None:
         finalists.append(dict(number="known", value=None, config=asdict(search.known)))
     seeds = [derive_seed(settings.seed, "finalist classifier", i) for i in range(settings.classifier_seeds)]
-    for finalist in finalists:
+
+    def score_again(finalist: dict) -> None:
         name, count = f"finalist {finalist['number']}", settings.search_images
         if split == "test":
             run.record_test_reading(f"{study.study_name}, {name}: the paper's protocol chooses by test accuracy")
         config, seed = SamplingConfig(**finalist["config"]), derive_seed(settings.seed, "finalists")
         images = generate_set(run, config, count, seed, desc=name).split(count)
-        finalist["again"] = summarize(
-            train_and_score_classifiers(run, images, seeds, [split], name, searching=True)[split]
-        )
+        scores = train_and_score_classifiers(run, images, seeds, [split], name, searching=True)
+        finalist["again"] = summarize(scores[split])
+
+    map_in_order(score_again, finalists, run.executor.callers(len(seeds)), run.executor.cancel)
     return sorted(finalists, key=lambda f: -f["again"]["mean"])
 
 

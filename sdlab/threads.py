@@ -6,7 +6,7 @@ than one after the other in two threads.
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -49,3 +49,19 @@ def map_in_threads(task: Callable[[Any, Callable[[], None]], Any], items: Sequen
                 raise
     finally:
         torch.set_num_threads(threads)
+
+
+def map_in_order(task: Callable[[Any], Any], items: Sequence, parallel: int, stop: Callable[[], None]) -> list:
+    """`[task(item) for item in items]`, the first ones first, `parallel` at a time. The first failure stops all."""
+    if parallel == 1:
+        return [task(item) for item in items]
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(task, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]

@@ -45,6 +45,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+def needs(found: bool, what: str) -> None:
+    """Skip a test that needs an optional system package; fail where all of them are said to be here."""
+    if not found and os.environ.get("SDLAB_ALL_TESTS"):
+        pytest.fail(f"SDLAB_ALL_TESTS is set, and this test needs {what}")
+    if not found:
+        pytest.skip(f"needs {what}")
+
+
 def command(*arguments, cwd=None):
     return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
 

@@ -76,6 +76,10 @@ class Cluster(Executor):
         self.handler = threading.Thread(target=self.handle_all, name="cluster", daemon=True)
         self.handler.start()
 
+    def callers(self, tasks: int) -> int:
+        """How many callers of `each`, with so many tasks each, keep all workers busy."""
+        return -(-self.window() // tasks)
+
     # ---------------------------------------------------------------------------------------- concurrent.futures
 
     def submit(

@@ -32,6 +32,10 @@ class InThisProcess(Executor):
     def on_cpu(self) -> bool:
         return choose_device(self.device).type == "cpu"
 
+    def callers(self, tasks: int) -> int:
+        """How many callers of `each`, with so many tasks each, use all of it: here one does."""
+        return 1
+
     def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
         """Call it now, in this thread."""
         future = Future()

@@ -49,6 +49,11 @@ def check_storage(settings: Settings) -> None:
 
     file, url = sqlite_file(settings), storage_url(settings)
     try:
+        if "@" in url and sqlalchemy.engine.make_url(url).password:
+            raise ValueError(
+                "it has a password, which would be written to files of the run: leave it out, and give it in PGPASSWORD or "
+                "~/.pgpass, or as your driver reads it"
+            )
         if set("{}") & set(url):
             raise ValueError("Optuna formats text in braces: write %7B for { and %7D for }")
         engine = sqlalchemy.create_engine(url)

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, cannot_write, write_errno
+from sdlab.runs.patient_storage import PatientStorage
 from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.settings import Settings
 
@@ -34,11 +35,11 @@ def study_name(settings: Settings, search: str) -> str:
 
 
 def open_storage(settings: Settings) -> optuna.storages.BaseStorage:
-    """SQLite lets one process write at a time; the others wait longer than its default of five seconds."""
+    """SQLite lets one process write at a time; the others wait longer than its default of five seconds. A server may be away."""
     url = storage_url(settings)
     if sqlite_file(settings):
         return optuna.storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=120)))
-    return optuna.storages.get_storage(url)
+    return optuna.storages.get_storage(PatientStorage(url))
 
 
 def open_study(settings: Settings, search: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
@@ -186,8 +187,9 @@ class TrialOrder:
 
 def open_trial(study: optuna.Study, number: int) -> Trial:
     """An interrupted trial of that number, or a new one."""
-    existing = study.get_trials(deepcopy=False)
-    return Trial(study, existing[number]._trial_id) if number < len(existing) else study.ask()
+    if number >= len(study.get_trials(deepcopy=False)):
+        study.ask()  # a server whose answer was lost is asked again, and may have two trials then
+    return Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
 
 
 class BufferedStorage:
