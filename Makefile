@@ -6,7 +6,7 @@ EXPERIMENT ?= digits
 FAULTS ?= .faults
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test faults full-size benchmarks lab dashboard lint setup
+.PHONY: demo test faults scale full-size benchmarks lab dashboard lint setup
 
 demo: setup  ## The whole pipeline on the embedded data set and base model
 	$(BIN)/sdlab run digits
@@ -18,6 +18,14 @@ faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish
 	SDLAB_DAMAGED_FILES=240 SDLAB_FUZZ=2500 $(BIN)/python -m pytest $(PARALLEL) tests/faults
 	$(BIN)/python tests/faults/refusals.py --folder $(FAULTS)
 	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 115 --soak 30
+
+scale: setup  ## Several workers and hosts (root, iproute2, faketime), killed drivers, and how much faster: two hours
+	$(BIN)/python -m pytest -m scale -s tests/scale
+	$(BIN)/python tests/faults/kills.py --folder $(FAULTS)/workers --kills 0 --runs 3 --kills-a-run 7 --workers 2
+	for experiment in digits retinamnist-tiny; do for work in sets cells search; do \
+		$(BIN)/python scripts/measure_workers.py measure $$experiment $$work || exit 1; done; done
+	$(BIN)/python scripts/measure_workers.py scheduler
+	$(BIN)/python scripts/measure_workers.py report
 
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py

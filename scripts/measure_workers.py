@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/measure_workers.py measure digits sets      # or cells, search; a quarter of an hour each
     .venv/bin/python scripts/measure_workers.py report
+    .venv/bin/python scripts/measure_workers.py scheduler                # minutes: a thousand workers that do nothing
 
 `measure` trains the experiment's Class-Encoder once, then takes turns: the same work with one worker of one thread and
 with two, and the same tasks in one bare process and in two side by side, which is what the machine can give. Starting
@@ -15,11 +16,13 @@ Results go to runs/workers/, a line a turn; a second call adds the turns that ar
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -27,7 +30,9 @@ from itertools import count
 from pathlib import Path
 
 import click
+import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 from sdlab.base_models import load_base_model
@@ -36,6 +41,7 @@ from sdlab.data.datasets import load_dataset
 from sdlab.evaluation import train_and_score, train_and_score_classifiers
 from sdlab.generation import generate_set, make_shard, plan_generation
 from sdlab.paths import PROJECT_ROOT
+from sdlab.runs.experiment import Experiment
 from sdlab.runs.parameters import parameter_file
 from sdlab.runs.run import Run
 from sdlab.runs.stages import STAGES
@@ -179,6 +185,71 @@ def measure(experiment: str, work: str, turns: int, minutes: float) -> None:
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
         print(efficiency(line), ceiling(line), line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the scheduler
+
+LIGHT_WORKERS = """
+import asyncio, sys
+from distributed import Worker
+
+async def main(address, count, folder):
+    options = dict(nthreads=1, memory_limit=0, dashboard=False, local_directory=folder)
+    workers = await asyncio.gather(*(Worker(address, **options) for _ in range(count)))
+    await asyncio.gather(*(worker.finished() for worker in workers))
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+"""
+
+
+def nothing(run: Experiment, shape: tuple[int, ...], on_progress: Callable) -> np.ndarray:
+    """A task that costs nothing but its result, which is as large as a shard."""
+    return np.zeros(shape, np.uint8)
+
+
+@main.command()
+@click.option("--workers", default=1000, show_default=True)
+@click.option("--tasks", default=10_000, show_default=True)
+def scheduler(workers: int, tasks: int) -> None:
+    """Tasks a second of a driver and a scheduler, with light workers in two processes."""
+    settings, file = prepared("digits"), FOLDER / "scheduler.json"
+    file.unlink(missing_ok=True)
+    dask = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    processes = [subprocess.Popen([*dask, "--scheduler-file", str(file)], stderr=subprocess.DEVNULL)]
+    try:
+        while not (file.exists() and file.read_text().strip()):
+            time.sleep(0.1)
+        light = [sys.executable, "-c", LIGHT_WORKERS, json.loads(file.read_text())["address"], str(workers // 2)]
+        processes += [subprocess.Popen([*light, str(FOLDER / f"light_{i}")]) for i in range(2)]
+        run = opened(settings, cluster=str(file))
+        run.executor.client.wait_for_workers(workers, timeout=300)
+        for shape in ((0,), (256, 3, 32, 32)):
+            calls = [(shape,)] * tasks
+            run.executor.each(nothing, run, calls[: 2 * workers], lambda *_: None, lambda _: None)  # warm
+            before, started = [seconds_of(pid) for pid in (processes[0].pid, os.getpid())], time.perf_counter()
+            run.executor.each(nothing, run, calls, lambda *_: None, lambda _: None)
+            took = time.perf_counter() - started
+            after = [seconds_of(pid) for pid in (processes[0].pid, os.getpid())]
+            busy = ", ".join(
+                f"{who} {1000 * (b - a) / tasks:.2f} ms"
+                for who, a, b in zip(("scheduler", "driver"), before, after, strict=True)
+            )
+            print(f"{workers} workers, results of {int(np.prod(shape)):,} bytes: {tasks / took:.0f} tasks a second; of the processor, "
+                  f"a task takes: {busy}", flush=True)  # fmt: skip
+        run.executor.shutdown()
+        run.lock.release()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def seconds_of(pid: int) -> float:
+    """Processor time of a process."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+# ------------------------------------------------------------------------------------------------------- the report
 
 
 def efficiency(line: dict) -> float:

@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/study_searches.py measure digits    # about an hour on two cores; continues where it stopped
     .venv/bin/python scripts/study_searches.py simulate          # minutes
+    .venv/bin/python scripts/study_searches.py parallel          # minutes: what several trials at a time cost and save
 
 `measure` scores a grid of sampling configurations with the checkpoints of a finished experiment: at every rung, and
 once more at the last rung with new noise and new classifiers. `simulate` then searches this table with the package's own
@@ -11,9 +12,12 @@ the winner is valued by the second scores, which no search sees.
 Both write to runs/searches/. The committed results are in reports/reference/searches/; to replace them, copy the new files.
 """
 
+import dataclasses
 import itertools
 import json
 import math
+import warnings
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +25,8 @@ import click
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
+import pandas as pd
+import yaml
 from optuna.trial import TrialState
 from scipy.stats import spearmanr
 from scipy.stats import t as student
@@ -161,7 +167,10 @@ def simulate_search(
     """(images generated so far, the incumbent's own score, its worth) after each trial, and after the finalists."""
     rng, images, complete, path = np.random.default_rng(repetition), 0, [], []
     study = optuna.create_study(study_name=f"study-{repetition}", direction="maximize", pruner=new_pruner(settings))
+    untold = deque()  # trials that the sampler still sees as running
     for number in range(TRIALS):
+        while len(untold) >= settings.search_parallel:
+            study.tell(*untold.popleft())
         study.sampler = new_sampler(settings, "study", number)
         trial = study.ask()
         steps, guidance = (
@@ -176,7 +185,7 @@ def simulate_search(
                 state = TrialState.PRUNED
                 break
         images += rung
-        study.tell(trial, score if state == TrialState.COMPLETE else None, state=state)
+        untold.append((trial, score if state == TrialState.COMPLETE else None, state))
         complete += [(score, -number, index)] if state == TrialState.COMPLETE else []
         if complete:
             best_score, _, best = max(complete)
@@ -217,6 +226,55 @@ def simulate(path: Path, folder: Path, repetitions: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "searches.md").write_text(text + "\n")
     draw(paths, folder / "searches.png")
+    print(text)
+
+
+DEVICES = (1, 2, 4, 8, 16, 64)
+
+
+@main.command()
+@click.option("--table", "path", default=REFERENCE, type=click.Path(exists=True, path_type=Path), show_default=False)
+@click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), show_default=False)
+@click.option("--repetitions", default=60, show_default=True)
+@click.option(
+    "--experiment", default="digits", show_default=True, help="Whose costs, measured here, the times come from."
+)
+def parallel(path: Path, folder: Path, repetitions: int, experiment: str) -> None:
+    """What k trials at a time cost in CAS, and save in time on n devices; write parallel.md."""
+    from sdlab.data.datasets import dataset_facts
+    from sdlab.tools.fan_out import Durations, measure_driver, search_seconds
+    from sdlab.tools.measuring import measure as measure_costs
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    table, given, worths, times = Table(path), dict(search_images=LAST, search_first_images=125, shard_size=125), {}, {}
+    plain = Settings.from_mapping(yaml.safe_load(parameter_file(experiment).read_text()) | given)
+    facts = dataset_facts(plain)
+    costs, driver = measure_costs(plain, facts, load_base_model(plain)), measure_driver(plain, facts)
+    for k in tqdm((1, 4, 8, 16)):
+        settings = dataclasses.replace(plain, search_parallel=k)
+        ends = [
+            simulate_search(table, dataclasses.replace(settings, seed=r), settings.search_finalists, r)[-1]
+            for r in range(repetitions)
+        ]
+        worths[k] = 100 * np.array([worth for *_, worth in ends])
+        times[k] = [search_seconds(n, Durations(settings, facts, costs, driver), "search_1", TRIALS) for n in DEVICES]
+    shown = pd.DataFrame([
+        {"k": k, "worth": interval(worths[k]), "compared with k = 1": "" if k == 1 else interval(worths[k] - worths[1]),
+         **{f"{n} devices": f"{times[1][0] / seconds:.1f}" for n, seconds in zip(DEVICES, times[k], strict=True)}}
+        for k in worths
+    ])  # fmt: skip
+    text = "\n\n".join([
+        f"# {TRIALS}-trial searches with k trials at a time, {repetitions} repetitions each",
+        f"CAS in %, mean and 95 % interval of the mean, of the search that `simulate` describes ({plain.search_pruner}, eta "
+        f"{plain.search_reduction_factor}, rungs {plain.rungs()}, {plain.search_finalists} finalists). Columns of devices: how many times "
+        f"faster the trials are than on one device, simulated with the costs of {experiment} on {costs.device} "
+        "(`sdlab/tools/fan_out.py`).",
+        shown.to_markdown(index=False, disable_numparse=True),
+        "Made by `python scripts/study_searches.py parallel`.",
+    ])  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parallel.md").write_text(text + "\n")
     print(text)
 
 

@@ -57,11 +57,12 @@ def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
     s = dataclasses.replace(settings, search_images=80, search_first_images=10, shard_size=10, search_1_trials=50,
                             search_reduction_factor=2)  # fmt: skip
     for pruner in ("successive_halving", "hyperband"):
-        visits = simulate_pruning(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
-        assert all(v[10] == 50 and v[10] >= v[20] >= v[40] >= v[80] > 0 for v in visits) and visits[0][80] < 50
+        simulated = simulate_pruning(dataclasses.replace(s, search_pruner=pruner), "search_1", 50)
+        assert all(len(reached) == 50 and min(reached) >= 1 for reached in simulated)
+        assert all(0 < reached.count(4) < 50 for reached in simulated)
     full = workload(s, FACTS, pruning=False)["02"]["images"]
     assert workload(s, FACTS)["02"]["images"] < full == workload(s, FACTS, most=True)["02"]["images"]
-    assert simulate_pruning(dataclasses.replace(s, search_pruner="none"), "search_1", 50)[0][80] == 50
+    assert simulate_pruning(dataclasses.replace(s, search_pruner="none"), "search_1", 50)[0] == [4] * 50
 
 
 def test_what_a_finished_search_found_is_used(settings):

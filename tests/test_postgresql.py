@@ -141,7 +141,7 @@ def test_a_server_that_stays_away_is_one_sentence(server, world, on_server, data
     monkeypatch.setattr(search_module, "train_and_score_classifiers", after_stop)
     try:
         with pytest.raises(
-            BadInput, match="The `storage` of .* failed .*: when it is available again, repeat the command"
+            BadInput, match=r"The `storage` of .* failed .*: when it is available again, repeat the command"
         ):
             searched(on_server, data)
     finally:
@@ -151,7 +151,7 @@ def test_a_server_that_stays_away_is_one_sentence(server, world, on_server, data
 
 def test_the_password_is_read_from_a_file_as_the_server_suggests(on_server, server, monkeypatch, tmp_path):
     monkeypatch.delenv("PGPASSWORD")
-    with pytest.raises(BadInput, match="cannot be opened .*password"):
+    with pytest.raises(BadInput, match=r"cannot be opened .*password"):
         check_storage(on_server)
     file = tmp_path / "pgpass"
     file.write_text(f"127.0.0.1:{server.port}:*:me:{PASSWORD}\n")

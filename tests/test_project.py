@@ -32,7 +32,7 @@ settings classifier data.downloads data.model_files data.own_npz data.splits dif
 runs.experiment runs.records runs.storage schedulers data.model_configs data.named_datasets data.saved_images
 runs.studies sampling_config base_models data.own_images generation cluster.worker data.datasets cluster.dask_cluster
 runs.stages report.costs report.tables runs.aside runs.export runs.verify tools.execution report.remarks runs.run
-tools.repair evaluation latents report.printing search training tools.measuring tools.planning tools.cli
+tools.repair evaluation latents report.printing search training tools.measuring tools.planning tools.fan_out tools.cli
 """.split()  # noqa: SIM905
 
 
@@ -110,6 +110,8 @@ def test_the_installed_versions_are_the_pinned_ones():
 def test_ci_runs_what_the_readme_says():
     script = (PROJECT_ROOT / ".ci" / "run").read_text()
     assert [line for line in script.splitlines() if line.startswith("make")] == ["make test"]
+    listed = re.search(r"Some tests need (.*) \(Debian's packages?\)", (PROJECT_ROOT / "README.md").read_text())[1]
+    assert re.search("for package in (.*); do", script)[1].split() == re.findall("`(.*?)`", listed)
     assert (
         "make test" in (PROJECT_ROOT / "README.md").read_text()
         and "make demo" in (PROJECT_ROOT / "README.md").read_text()

@@ -53,6 +53,8 @@ class Entry:
     job: Job = field(compare=False)
     future: Future = field(compare=False, default_factory=Future)
     lost: int = field(compare=False, default=0)  # times
+    running: distributed.Future | None = field(compare=False, default=None)
+    allowed: list[str] | None = field(compare=False, default=None)  # the workers that it may run on; None: any
 
 
 class Cluster(Executor):
@@ -71,7 +73,7 @@ class Cluster(Executor):
         self.experiment = experiment
         self.lock, self.counter = threading.RLock(), itertools.count()
         self.waiting: list[Entry] = []
-        self.running: dict[str, tuple[Entry, distributed.Future, list[str] | None]] = {}  # and the workers it is for
+        self.running: dict[str, Entry] = {}  # by Dask's key
         self.ended: queue.SimpleQueue = queue.SimpleQueue()
         self.handler = threading.Thread(target=self.handle_all, name="cluster", daemon=True)
         self.handler.start()
@@ -137,14 +139,14 @@ class Cluster(Executor):
         with self.lock:
             if not (present := self.client.nthreads().keys()):
                 print(f"There is no worker left: tasks wait for one to join {self.client.scheduler.address}.")
-            for _, future, allowed in list(self.running.values()):
-                if allowed and not present & set(allowed):
-                    future.cancel()
+            for entry in list(self.running.values()):
+                if entry.allowed and not present & set(entry.allowed):
+                    entry.running.cancel()
 
     def cancel(self) -> None:
         """Whoever waits for a result gets `CancelledError`; what workers still do is ignored."""
         with self.lock:
-            for entry in (*self.waiting, *(entry for entry, *_ in self.running.values())):
+            for entry in (*self.waiting, *self.running.values()):
                 if not entry.future.done():
                     entry.future.set_exception(CancelledError())
             self.waiting.clear()
@@ -171,22 +173,17 @@ class Cluster(Executor):
 
     def start(self, entry: Entry) -> None:
         """Submit a job to any worker, or to any that was not refused."""
-        allowed = [worker for worker in self.client.nthreads() if worker not in self.refused] if self.refused else None
-        future = self.client.submit(
-            perform,
-            entry.job,
-            pure=False,
-            retries=0,
-            priority=-entry.priority,
-            workers=allowed,
-        )
-        self.running[future.key] = entry, future, allowed
-        future.add_done_callback(self.ended.put)
+        workers = self.client.nthreads() if self.refused else ()
+        entry.allowed = [worker for worker in workers if worker not in self.refused] or None
+        how = dict(pure=False, retries=0, priority=-entry.priority, workers=entry.allowed)
+        entry.running = self.client.submit(perform, entry.job, **how)
+        self.running[entry.running.key] = entry
+        entry.running.add_done_callback(self.ended.put)
 
     def handle_all(self) -> None:
         while (future := self.ended.get()) is not None:
             with self.lock:
-                entry, *_ = self.running.pop(future.key)
+                entry = self.running.pop(future.key)
                 try:
                     if not entry.future.done():  # else it was cancelled
                         self.handle(entry, future)

@@ -152,19 +152,22 @@ def rebuild(context: Context, cache: BlobCache) -> Experiment:
     return Experiment(settings, data, load_base_model(settings))
 
 
+placed: dict[Path, str] = {}  # file of this process -> sha256: a checkpoint of gigabytes is not hashed for each shard
+
+
 def place(files: Files, folder: Path, cache: BlobCache) -> None:
     """Put files from the cache where the package expects them. Linked, or copied to another disk: the cache may drop its own."""
     for name, sha256 in files:
         path = folder / name
-        source = cache.path(sha256)
-        if path.exists() and path.stat().st_size == source.stat().st_size and sha256_of_file(path) == sha256:
+        if placed.get(path) == sha256 and path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         try:
-            os.link(source, path)
+            os.link(cache.path(sha256), path)
         except OSError:
-            shutil.copyfile(source, path)
+            shutil.copyfile(cache.path(sha256), path)
+        placed[path] = sha256
 
 
 def read_images(images: Images, cache: BlobCache) -> Split:

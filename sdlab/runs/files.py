@@ -96,7 +96,12 @@ def cannot_read(path: Path | str, error: OSError) -> str:
 
 def free_space(path: Path) -> int:
     """Free bytes on the disk of `path`, which need not exist."""
-    return shutil.disk_usage(next(above for above in (path, *path.absolute().parents) if above.exists())).free
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def existing_parent(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
 
 
 def check_free_space(path: Path, size: float, what: str) -> None:

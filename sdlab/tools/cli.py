@@ -240,7 +240,10 @@ def repair_file(settings: Settings, path: str) -> None:
 @cli.command()
 @with_settings
 @click.option("--again", is_flag=True, help="Time again, even if the first notebook saved a plan.")
-def plan(settings: Settings, again: bool) -> None:
+@click.option(
+    "--workers", metavar="N", type=click.IntRange(1), multiple=True, help="Also on N devices; may be repeated."
+)
+def plan(settings: Settings, again: bool, workers: tuple[int, ...]) -> None:
     """The costs of the experiment here: time, disk and memory of each notebook, and the measured costs of finished ones.
 
     Times a few real steps, and fetches nothing.
@@ -262,6 +265,16 @@ def plan(settings: Settings, again: bool) -> None:
     click.echo(f"{first}\n")
     click.echo(plan_table(made, took).set_index("notebook").rename_axis(None).to_string())
     click.echo("\n" + "\n".join(sentences))
+    if workers:
+        from sdlab.data.datasets import dataset_facts
+        from sdlab.tools.fan_out import Durations, fan_out_sentences, fan_out_table, measure_driver
+        from sdlab.tools.measuring import Costs
+
+        facts = dataset_facts(settings)
+        durations = Durations(settings, facts, Costs(**made["costs"]), measure_driver(settings, facts))
+        table = fan_out_table(durations, sorted({1, *workers}))
+        click.echo("\n" + table.set_index("devices").to_string() + "\n")
+        click.echo("\n".join(fan_out_sentences(durations, made["unet_parameters"])))
 
 
 @cli.command()

@@ -47,26 +47,24 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
     """
     s, steps = settings, inference_steps(settings, most)
 
-    def generated(images: float, steps: float) -> Work:
-        return Work({"images": images, "passes": (1 + s.guidance_stop - s.guidance_start) * images * steps})
-
     def cell(steps: float) -> Work:
-        return generated(s.search_images, steps) + classifier_work(s, facts, s.search_images)
+        return generated(s, s.search_images, steps) + classifier_work(s, facts, s.search_images)
 
     def search(name: str, trials: int) -> Work:
-        unpruned = [Counter(dict.fromkeys(s.rungs(), trials))]
-        visits = simulate_pruning(s, name, trials) if pruning and not most else unpruned
+        unpruned = [[len(s.rungs())] * trials]
+        simulated = simulate_pruning(s, name, trials) if pruning and not most else unpruned
         total = Work()
-        for visit in visits:
-            for last, rung in itertools.pairwise([0, *s.rungs()]):
-                trial = generated(rung - last, steps[name]) + classifier_work(s, facts, rung, "trial")
-                total += scaled(trial, visit[rung] / len(visits))
+        for reached in simulated:
+            for index, (last, rung) in enumerate(itertools.pairwise([0, *s.rungs()])):
+                trial = generated(s, rung - last, steps[name]) + classifier_work(s, facts, rung, "trial")
+                total += scaled(trial, sum(rungs > index for rungs in reached) / len(simulated))
         if s.search_finalists > 1:
-            finalist = generated(s.search_images, steps[name]) + classifier_work(s, facts, s.search_images, "finalist")
+            finalist = generated(s, s.search_images, steps[name])
+            finalist += classifier_work(s, facts, s.search_images, "finalist")
             total += scaled(finalist, s.search_finalists + (name == "search_2"))
         return total
 
-    scaling = generated(s.scaling_max * facts.train, steps["optimum_2"]) + classifier_work(s, facts, facts.train)
+    scaling = generated(s, s.scaling_max * facts.train, steps["optimum_2"]) + classifier_work(s, facts, facts.train)
     for k in range(1, s.scaling_max + 1):
         scaling += classifier_work(s, facts, k * facts.train)
     encoder_steps = s.class_encoder_epochs * math.ceil(facts.train / s.class_encoder_batch_size)
@@ -79,6 +77,10 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
         "05": scaling,
     }
+
+
+def generated(s: Settings, images: float, steps: float) -> Work:
+    return Work({"images": images, "passes": (1 + s.guidance_stop - s.guidance_start) * images * steps})
 
 
 def scaled(work: Work, factor: float) -> Work:
@@ -118,26 +120,26 @@ def finished_optimum(settings: Settings, search: str) -> SamplingConfig | None:
     return load_optimum(Experiment(settings), search) if record is not None and record.finished else None
 
 
-def simulate_pruning(settings: Settings, search: str, trials: int, repeats: int = 5) -> list[Counter]:
-    """How many trials reach each rung if the search's own pruner prunes trials of random quality: one count per repeat."""
-    visits, rungs = [], settings.rungs()
+def simulate_pruning(settings: Settings, search: str, trials: int, repeats: int = 5) -> list[list[int]]:
+    """How many rungs each trial reaches if the search's own pruner prunes trials of random quality: a list per repeat."""
+    simulated, rungs = [], settings.rungs()
     for repeat in range(repeats):
-        rng, visited = np.random.default_rng(repeat), Counter()
+        rng, reached = np.random.default_rng(repeat), [0] * trials
         study = optuna.create_study(
             study_name=study_name(settings, search), direction="maximize", pruner=new_pruner(settings),
             sampler=optuna.samplers.RandomSampler(seed=repeat),
         )  # fmt: skip
-        for _ in range(trials):
+        for number in range(trials):
             trial, quality, pruned = study.ask(), rng.uniform(), False
             for rung in rungs:
-                visited[rung] += 1
+                reached[number] += 1
                 trial.report(quality + rng.normal(0, 0.1), step=rung)
                 if rung < rungs[-1] and trial.should_prune():
                     pruned = True
                     break
             study.tell(trial, None if pruned else quality, state=optuna.trial.TrialState.PRUNED if pruned else None)
-        visits.append(visited)
-    return visits
+        simulated.append(reached)
+    return simulated
 
 
 def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = None) -> dict:
