@@ -51,7 +51,7 @@ from sdlab.settings import Settings
 
 FOLDER = PROJECT_ROOT / "runs" / "workers"
 WORK = ("sets", "cells", "search")
-SECONDS_BARE = 20
+SECONDS_BARE = 15
 
 
 def prepared(experiment: str) -> Settings:
@@ -165,7 +165,7 @@ def bare(experiment: str, work: str) -> None:
 @click.argument("experiment")
 @click.argument("work", type=click.Choice(WORK))
 @click.option("--turns", default=3, show_default=True)
-@click.option("--minutes", default=3.3, show_default=True, help="Of one worker, in each turn.")
+@click.option("--minutes", default=3.2, show_default=True, help="Of one worker, in each turn.")
 def measure(experiment: str, work: str, turns: int, minutes: float) -> None:
     """Time one and two workers in turn, and one and two bare processes."""
     settings, file = prepared(experiment), FOLDER / "measured.jsonl"
@@ -175,7 +175,7 @@ def measure(experiment: str, work: str, turns: int, minutes: float) -> None:
         amount = lines[0]["amount"]
     else:
         few = {"sets": 4, "cells": 2, "search": 4}[work]
-        amount = max(few, round(few * 60 * minutes / with_workers(settings, work, few, 1)["seconds"]))
+        amount = 2 * max(few // 2, round(few * 30 * minutes / with_workers(settings, work, few, 1)["seconds"]))
     for turn in range(len(lines), turns):
         one, two = (with_workers(settings, work, amount, workers) for workers in (1, 2))
         alone, side = (bare_rates(experiment, work, processes) for processes in (1, 2))

@@ -32,8 +32,13 @@ from sdlab.paths import project_path
 from sdlab.runs.files import atomic_write, sha256_of_file
 from sdlab.settings import Settings
 
-dask.config.set({"logging.distributed": "critical", "logging.tornado": "critical"})  # before it is imported
+QUIET = {"logging.distributed": "critical", "logging.tornado": "critical"}
+TICK = {"distributed.admin.tick.interval": "500ms"}  # of the event loops, which share the cores with the workers
+dask.config.set(QUIET | TICK)  # before it is imported
 import distributed  # noqa: E402
+
+# A cable that is cut for less is waited for; Dask's own half a minute is too short for a switch that restarts.
+dask.config.update_defaults({"distributed": {"comm": {"timeouts": {"tcp": "10m"}}}})
 
 from sdlab.cluster.worker import SPLITS, Context, Images, Job, describe, perform  # noqa: E402
 
@@ -311,7 +316,8 @@ def start_local_workers(settings: Settings) -> distributed.SpecCluster:
     options = [dict(nthreads=1, host="127.0.0.1", memory_limit=0, dashboard_address=None) for _ in range(count)]
     for index, option in enumerate(options if gpus else ()):
         option |= dict(env={"CUDA_VISIBLE_DEVICES": str(index % gpus)}, resources={"GPU": 1})
-    dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical"})
+    for name, value in dict(LOGGING__DISTRIBUTED="critical", DISTRIBUTED__WORKER__PROFILE__ENABLED="False").items():
+        dask.config.set({f"distributed.nanny.pre-spawn-environ.DASK_{name}": value})  # nobody reads their profiles
     scheduler = dict(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0")
     return distributed.SpecCluster(
         workers={i: dict(cls=distributed.Nanny, options=option) for i, option in enumerate(options)},
