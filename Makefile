@@ -21,7 +21,7 @@ faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish
 
 scale: setup  ## Several workers and hosts (root, iproute2, faketime), killed drivers, and how much faster: two hours
 	$(BIN)/python -m pytest -m scale -s tests/scale
-	$(BIN)/python tests/faults/kills.py --folder $(FAULTS)/workers --kills 0 --runs 3 --kills-a-run 7 --workers 2
+	$(BIN)/python tests/faults/kills.py --folder $(FAULTS)/workers --kills 0 --runs 4 --kills-a-run 7 --workers 2
 	for experiment in digits retinamnist-tiny; do for work in sets cells search; do \
 		$(BIN)/python scripts/measure_workers.py measure $$experiment $$work || exit 1; done; done
 	$(BIN)/python scripts/measure_workers.py scheduler
