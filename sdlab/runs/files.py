@@ -50,8 +50,13 @@ def sha256_of_json(value: Any) -> str:
 
 
 def write_errno(error: BaseException) -> int:
-    """The errno of an error if it is one of `WRITE_ERRORS`, else 0. safetensors and SQLite give theirs in words."""
-    words = {"disk is full": errno.ENOSPC, "readonly database": errno.EROFS, "disk I/O error": errno.EIO}
+    """The errno of an error if it is one of `WRITE_ERRORS`, else 0. safetensors and databases give theirs in words."""
+    words = {
+        "disk is full": errno.ENOSPC,
+        "No space left on device": errno.ENOSPC,
+        "readonly database": errno.EROFS,
+        "disk I/O error": errno.EIO,
+    }
     number = next((number for text, number in words.items() if text in str(error)), getattr(error, "errno", None))
     if not number and (match := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(match[1])

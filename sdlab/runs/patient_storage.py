@@ -15,16 +15,14 @@ from sdlab.errors import first_line
 from sdlab.runs.files import write_errno
 
 PATIENCE = 600.0  # seconds
+LOST = (OperationalError, InterfaceError, PendingRollbackError)  # the last: Optuna asked again in a broken session
 this_thread = threading.local()
 
 
 def is_away(error: BaseException) -> bool:
     """True for a server that was restarted or cannot be reached, not for one whose disk is full."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    lost = (
-        OperationalError | InterfaceError | PendingRollbackError
-    )  # the last: Optuna asked once more in a broken session
-    return isinstance(cause, lost) and not write_errno(cause)
+    return isinstance(cause, LOST) and not write_errno(cause)
 
 
 def say(state: tenacity.RetryCallState) -> None:
