@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/measure_workers.py measure digits sets      # or cells, search; a quarter of an hour each
     .venv/bin/python scripts/measure_workers.py report
-    .venv/bin/python scripts/measure_workers.py scheduler                # minutes: a thousand workers that do nothing
+    .venv/bin/python scripts/measure_workers.py scheduler                # a minute: workers that do nothing
 
 `measure` trains the experiment's Class-Encoder once, then takes turns: the same work with one worker of one thread and
 with two, and the same tasks in one bare process and in two side by side, which is what the machine can give. Starting
@@ -174,7 +174,7 @@ def measure(experiment: str, work: str, turns: int, minutes: float) -> None:
     if lines:
         amount = lines[0]["amount"]
     else:
-        few = {"sets": 4, "cells": 2, "search": 4}[work]
+        few = {"sets": 4, "cells": 2, "search": 8}[work]
         amount = 2 * max(few // 2, round(few * 30 * minutes / with_workers(settings, work, few, 1)["seconds"]))
     for turn in range(len(lines), turns):
         one, two = (with_workers(settings, work, amount, workers) for workers in (1, 2))
@@ -208,10 +208,10 @@ def nothing(run: Experiment, shape: tuple[int, ...], on_progress: Callable) -> n
 
 
 @main.command()
-@click.option("--workers", default=1000, show_default=True)
-@click.option("--tasks", default=10_000, show_default=True)
+@click.option("--workers", default=20, show_default=True, help="In two processes.")
+@click.option("--tasks", default=3000, show_default=True)
 def scheduler(workers: int, tasks: int) -> None:
-    """Tasks a second of a driver and a scheduler, with light workers in two processes."""
+    """Tasks a second of a driver and a scheduler, with workers that do nothing: the share that a thousand real ones need."""
     settings, file = prepared("digits"), FOLDER / "scheduler.json"
     file.unlink(missing_ok=True)
     dask = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
@@ -220,7 +220,9 @@ def scheduler(workers: int, tasks: int) -> None:
         while not (file.exists() and file.read_text().strip()):
             time.sleep(0.1)
         light = [sys.executable, "-c", LIGHT_WORKERS, json.loads(file.read_text())["address"], str(workers // 2)]
-        processes += [subprocess.Popen([*light, str(FOLDER / f"light_{i}")]) for i in range(2)]
+        processes += [
+            subprocess.Popen([*light, str(FOLDER / f"light_{i}")], stderr=subprocess.DEVNULL) for i in range(2)
+        ]
         run = opened(settings, cluster=str(file))
         run.executor.client.wait_for_workers(workers, timeout=300)
         for shape in ((0,), (256, 3, 32, 32)):

@@ -155,6 +155,17 @@ def test_a_late_worker_of_another_kind_gets_no_tasks(settings, data, base, here,
     assert said.count("is not used: tasks at a time 2 instead of 1. `cluster_any_worker: true` accepts it.") == 1
 
 
+def test_a_cluster_that_grows_with_the_work_starts_its_first_worker(settings, data, base):
+    """As those of Slurm and Kubernetes do: without work they have none."""
+    with distributed.LocalCluster(0, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as grows:
+        grows.adapt(minimum=0, maximum=1, interval="100ms")
+        run = opened(settings, data, base, cluster=grows.scheduler_address)
+        assert run.record.environment["worker_threads"] == 1
+        assert run.executor.submit(sleep_for, run, 0.0).result(timeout=60) == 0.0
+        run.executor.shutdown()
+        run.lock.release()
+
+
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [

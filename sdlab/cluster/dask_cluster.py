@@ -278,17 +278,16 @@ class Cluster(Executor):
     def kind_of_worker(self) -> dict[str, Any]:
         """What the first worker is, which all others have to be. Raises `BadInput`."""
         how = f"`dask worker {self.client.scheduler.address} --nthreads 1`, in an environment with sdlab"
+        # A task, not a call: a cluster that grows with the work starts no worker without any.
+        asked = self.client.submit(describe, self.settings.device, pure=False)
         try:
-            self.client.wait_for_workers(1, timeout=WAIT)
+            worker, kind = asked.result(timeout=WAIT)
         except TimeoutError:
             raise BadInput(f"No worker joined {self.settings.cluster} within {WAIT} s: start one with {how}.") from None
-        first = next(iter(self.client.nthreads()))
-        try:
-            kind = self.client.run(describe, self.settings.device, workers=[first])[first]
         except Exception as error:
-            raise BadInput(f"The worker {first} cannot be used: {first_line(error)}") from None
+            raise BadInput(f"A worker of {self.settings.cluster} cannot be used: {first_line(error)}") from None
         if kind["tasks at a time"] != 1:
-            raise BadInput(f"The worker {first} does {kind['tasks at a time']} tasks at a time: start it with {how}.")
+            raise BadInput(f"The worker {worker} does {kind['tasks at a time']} tasks at a time: start it with {how}.")
         return kind
 
 

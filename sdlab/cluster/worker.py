@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from distributed import Worker, get_worker
+from distributed import get_worker
 from safetensors.numpy import load_file
 
 from sdlab.cluster.blobs import BlobCache, missing_files
@@ -100,9 +100,10 @@ def perform(job: Job) -> Outcome:
 # ---------------------------------------------------------------------------------------------- kinds of workers
 
 
-def describe(device: str, dask_worker: Worker) -> dict[str, Any]:
-    """What a worker's last bits depend on: versions, code, device. Raises `BadInput` if it has no such device."""
-    return kind_of_machine(device) | {"tasks at a time": dask_worker.state.nthreads}
+def describe(device: str) -> tuple[str, dict[str, Any]]:
+    """This worker's address, and what its last bits depend on: versions, code, device. Raises `BadInput` without the device."""
+    worker = get_worker()
+    return worker.address, kind_of_machine(device) | {"tasks at a time": worker.state.nthreads}
 
 
 @functools.cache
@@ -115,7 +116,7 @@ def kind_of_machine(device: str) -> dict[str, Any]:
 
 
 def differences(context: Context) -> tuple[str, ...]:
-    here = describe(context.settings.device, get_worker())
+    _, here = describe(context.settings.device)
     return tuple(
         f"{name} {here.get(name)} instead of {wanted}"
         for name, wanted in context.environment
