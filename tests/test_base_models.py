@@ -280,7 +280,7 @@ def test_a_truncated_file_is_refused(settings, base_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("tiney", "has to be `tiny`"), ("nobody/nothing", "could not be fetched"), ("../x", "has to be `tiny`")],
+    [("tiney", "has to be `tiny`"), ("nobody/nothing", "could not be fetched"), ("../nowhere", "has to be `tiny`")],
 )
 def test_an_unknown_base_model_is_refused(settings, name, said):
     with pytest.raises(BadInput, match=said):

@@ -501,7 +501,7 @@ BASE = [
     base("index without a map", r"index.json has no weight_map: take a whole copy", index({"weight_map": [1]})),
     base("index that is a list", r"no readable \S+index.json: it needs", index([1])),
     parameters("base model unknown", r"`base_model` is 'tiney': it has to be `tiny`, a diffusers folder that exists, or a hub id", base_model="tiney"),
-    parameters("base model above", r"`base_model` is '../x': it has to be `tiny`", base_model="../x"),
+    parameters("base model above", r"`base_model` is '../nowhere': it has to be `tiny`", base_model="../nowhere"),
     parameters("hub id without a revision", r"`base_model_revision` is '' for a/b: give the 40 digits of a commit", base_model="a/b"),
     parameters("hub id with a short revision", r"`base_model_revision` is '133a221' for a/b: give the 40 digits", base_model="a/b", base_model_revision="133a221"),
     parameters("hub id that is not here", r"a/b at revision 0+ is not on this machine .*: check name and network, or give a diffusers folder", base_model="a/b", base_model_revision="0" * 40),
