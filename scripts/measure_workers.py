@@ -166,14 +166,15 @@ def bare(experiment: str, work: str) -> None:
 @click.argument("work", type=click.Choice(WORK))
 @click.option("--turns", default=3, show_default=True)
 @click.option("--minutes", default=3.2, show_default=True, help="Of one worker, in each turn.")
-def measure(experiment: str, work: str, turns: int, minutes: float) -> None:
+@click.option("--amount", default=0, help="Shards, cells or trials of each turn; 0: as many as take the minutes.")
+def measure(experiment: str, work: str, turns: int, minutes: float, amount: int) -> None:
     """Time one and two workers in turn, and one and two bare processes."""
     settings, file = prepared(experiment), FOLDER / "measured.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if (line["experiment"], line["work"]) == (experiment, work)]
     if lines:
         amount = lines[0]["amount"]
-    else:
+    elif not amount:
         few = {"sets": 4, "cells": 2, "search": 8}[work]
         amount = 2 * max(few // 2, round(few * 30 * minutes / with_workers(settings, work, few, 1)["seconds"]))
     for turn in range(len(lines), turns):

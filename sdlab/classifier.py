@@ -139,12 +139,7 @@ def train_classifier(
         losses = []
         for _ in range(steps):
             batch = next(batches).to(device)
-            logits = model(as_input(images[batch]))
-            loss = F.cross_entropy(logits, labels[batch], label_smoothing=recipe.label_smoothing)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
+            losses.append(training_step(model, optimizer, images[batch], labels[batch], recipe.label_smoothing))
         accuracy = float((predict(model, val).argmax(1) == val.labels).mean())
         if after_epoch is not None:
             after_epoch()
@@ -164,6 +159,17 @@ def train_classifier(
             since_drop = 0
     model.load_state_dict(best_weights)
     return TrainedClassifier(model.eval(), history, best)
+
+
+def training_step(
+    model: ResNet20, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    """One step on uint8 images (n, 3, h, w) and labels (n); returns the loss."""
+    loss = F.cross_entropy(model(as_input(images)), labels, label_smoothing=smoothing)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
 
 
 def endless_batches(count: int, batch_size: int, generator: torch.Generator):

@@ -26,11 +26,6 @@ class Score:
         """From `dataclasses.asdict` after JSON."""
         return cls(**(fields | dict(recall=tuple(fields["recall"]))))
 
-    @property
-    def standard_error(self) -> float:
-        """Binomial, of the accuracy on n images."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
-
 
 METRICS = [field.name for field in fields(Score)]
 

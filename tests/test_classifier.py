@@ -131,12 +131,12 @@ def test_score_agrees_with_scikit_learn():
     assert found.balanced == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert found.recall == pytest.approx(recall_score(labels, predicted, average=None))
     assert found.top5 == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
-    assert found.standard_error == pytest.approx((found.accuracy * (1 - found.accuracy) / 200) ** 0.5)
+    assert summarize([found])["standard_error"] == pytest.approx((found.accuracy * (1 - found.accuracy) / 200) ** 0.5)
 
 
 def test_predictions_do_not_depend_on_the_batch(data):
     model = ResNet20(3, 4)
-    np.testing.assert_allclose(predict(model, data.test), predict(model, data.test, batch_size=7), atol=1e-5)
+    np.testing.assert_allclose(predict(model, data.test), predict(model, data.test, batch_size=7), rtol=1e-5, atol=1e-5)
 
 
 def test_every_image_once_a_pass():

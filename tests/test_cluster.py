@@ -171,6 +171,7 @@ def test_a_cluster_that_grows_with_the_work_starts_its_first_worker(settings, da
     [
         ("tcp://127.0.0.1:1", r"The scheduler of `cluster: tcp://127.0.0.1:1` does not answer .*`dask scheduler`"),
         ("nothing.json", r"The scheduler of `cluster: nothing.json` does not answer"),
+        ("tls://127.0.0.1:1", r"`cluster: tls://127.0.0.1:1` needs certificates"),
     ],
 )
 def test_a_scheduler_that_does_not_answer_is_named_before_anything_is_written(

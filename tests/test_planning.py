@@ -10,6 +10,7 @@ from conftest import record_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sdlab.base_models import load_base_model
+from sdlab.class_encoder import ClassEncoder
 from sdlab.data.datasets import dataset_facts
 from sdlab.data.images import DatasetFacts
 from sdlab.data.model_files import read_configs
@@ -124,6 +125,52 @@ def test_memory_that_runs_out_ends_the_measurement_and_not_the_plan():
             raise torch.OutOfMemoryError("no room")
 
     assert time_batches(work, 500, torch.device("cpu")).seconds > 0 and max(tried) > 8
+
+
+def test_on_a_gpu_each_size_is_timed_after_its_kernels_are_loaded(monkeypatch):
+    """On an H100 the first call at a size takes a second, whatever the size: a step of 0.1 s was planned as 8 s."""
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    loaded = set()
+
+    def work(batch):
+        time.sleep(0.01 if batch in loaded else 0.5)
+        loaded.add(batch)
+
+    assert time_batches(work, 8, torch.device("cuda")).seconds < 0.05 / 8
+
+
+def test_costs_of_another_device_are_multiplied_and_nothing_is_timed(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "measure", None)
+    seconds = {operation: float(2**i) for i, operation in enumerate(measuring.OPERATIONS)}
+    costs = dict(device="a card", seconds=seconds, memory={"generating": 3 * 10**9, "01": 5 * 10**9, "03": 4 * 10**9})
+    write_json(tmp_path / "card.json", costs)
+    made = make_plan(settings, FACTS, costs_file=tmp_path / "card.json")
+    for number, work in workload(settings, FACTS).items():
+        assert set(work) <= set(seconds)
+        expected = sum(count * seconds[operation] for operation, count in work.items())
+        assert made["rows"][number]["hours"] == pytest.approx(expected / 3600)
+    assert [made["rows"][n]["memory_gb"] for n in ("01", "02", "03")] == [5, 3, 4] and not made["warnings"]
+    assert plan_sentences(made)[0].startswith(
+        f"{settings.experiment} on a card (measured elsewhere): 48 training images"
+    )
+    assert made["costs"]["sizes"] == count_numbers(settings)
+
+    del costs["seconds"]["cell images"]
+    write_json(tmp_path / "card.json", costs)
+    with pytest.raises(BadInput, match=r"card\.json is damaged \(cell images is not what was written"):
+        make_plan(settings, FACTS, costs_file=tmp_path / "card.json")
+
+
+def count_numbers(settings) -> dict:
+    """By the modules themselves."""
+    base = load_base_model(settings)
+    encoder = ClassEncoder(FACTS.num_classes, base.tokens, base.width, settings.class_encoder_hidden)
+    side = settings.base_image_size // base.vae_scale
+    return dict(
+        unet=sum(p.numel() for p in base.unet.parameters()), encoder=sum(p.numel() for p in encoder.parameters()),
+        table=encoder.table().numel(), latent=base.latent_channels * side * side,
+    )  # fmt: skip
 
 
 def test_disk_of_the_papers_size():

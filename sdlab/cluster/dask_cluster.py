@@ -301,6 +301,10 @@ def connect(settings: Settings, local: Any) -> distributed.Client:
         if "scheduler_file" in how:  # Dask would wait for it
             json.loads(Path(how["scheduler_file"]).read_text(encoding="utf-8"))
         return distributed.Client(**how, timeout=CONNECT, set_as_default=False)
+    except TypeError:
+        raise BadInput(
+            f"`cluster: {address}` needs certificates, which Dask's configuration does not name: see docs/scale.md."
+        ) from None
     except (OSError, TimeoutError, ValueError) as error:
         raise BadInput(
             f"The scheduler of `cluster: {address}` does not answer ({first_line(error)}): start it with `dask scheduler`, or "

@@ -25,6 +25,7 @@ class Progress:
         self.write()
 
     def update(self, n: int = 1) -> None:
+        n = min(n, self.state["total"] - self.state["n"])  # the last of a worker's parts may be smaller
         self.state["n"] += n
         self.state["rate"] = (self.state["n"] - self.initial) / max(time.monotonic() - self.started, 1e-9)
         if self.bar is not None:

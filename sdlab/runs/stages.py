@@ -51,7 +51,6 @@ WRITES = {
 }
 SEARCHES = {"02": "search_1", "04": "search_2"}  # of stages; `<search>_trials` is the setting that may be raised
 INPUTS = {"dataset": "data", "base_model": "base_model"}  # settings that may be paths -> keys of `StageRecord.inputs`
-BENCHMARKS = Stage("08", "benchmarks", ())  # of no experiment
 
 
 def downstream_stages(number: str) -> list[str]:

@@ -241,9 +241,15 @@ def repair_file(settings: Settings, path: str) -> None:
 @with_settings
 @click.option("--again", is_flag=True, help="Time again, even if the first notebook saved a plan.")
 @click.option(
+    "--costs",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Costs that were measured on another device, like those in reports/reference/gpu/.",
+)
+@click.option(
     "--workers", metavar="N", type=click.IntRange(1), multiple=True, help="Also on N devices; may be repeated."
 )
-def plan(settings: Settings, again: bool, workers: tuple[int, ...]) -> None:
+def plan(settings: Settings, again: bool, costs: Path | None, workers: tuple[int, ...]) -> None:
     """The costs of the experiment here: time, disk and memory of each notebook, and the measured costs of finished ones.
 
     Times a few real steps, and fetches nothing.
@@ -251,14 +257,15 @@ def plan(settings: Settings, again: bool, workers: tuple[int, ...]) -> None:
     from sdlab.report.costs import load_plan, measured_costs, plan_sentences, plan_table
 
     made, took = load_plan(settings), measured_costs(settings)
-    if again or made is None:
+    if again or costs or made is None:
         from sdlab.data.datasets import dataset_facts
 
         facts = dataset_facts(settings)
-        click.echo("Timing a few steps ...", err=True)
+        if not costs:
+            click.echo("Timing a few steps ...", err=True)
         from sdlab.tools.planning import make_plan  # torch and diffusers are slow to import
 
-        made = make_plan(settings, facts)
+        made = make_plan(settings, facts, costs_file=costs)
     else:
         click.echo("The plan that the first notebook made (--again times it again):\n")
     first, *sentences = plan_sentences(made)

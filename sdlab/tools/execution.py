@@ -23,7 +23,7 @@ from sdlab.runs.files import atomic_write
 from sdlab.runs.locks import Lock
 from sdlab.runs.parameters import read_parameters
 from sdlab.runs.records import record_notebook, record_path
-from sdlab.runs.stages import STAGES, Stage
+from sdlab.runs.stages import Stage
 from sdlab.settings import Settings
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -158,8 +158,7 @@ def save_executed_copy(settings: Settings, stage: Stage, output: Path) -> Path |
     copy = settings.run_folder / "notebooks" / output.name
     with atomic_write(copy) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    if stage.number in STAGES:
-        record_notebook(settings, stage.number, copy)
+    record_notebook(settings, stage.number, copy)
     return copy
 
 

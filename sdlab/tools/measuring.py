@@ -1,7 +1,6 @@
 """Time and memory of each operation on this device, at the base model's real size: what a plan multiplies."""
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -13,19 +12,22 @@ import torch
 import torch.nn.functional as F
 
 from sdlab.base_models import BaseModel, device_of
-from sdlab.classifier import ClassifierRecipe, train_classifier
+from sdlab.classifier import ResNet20, as_tensors, training_step
 from sdlab.classifier import predict as classify
 from sdlab.data.images import DatasetFacts, Split
 from sdlab.data.model_files import PARTS, PINNED, SHAPES, read_configs
 from sdlab.devices import choose_precision
 from sdlab.errors import BadInput
 from sdlab.generation import count_parallel_batches
+from sdlab.runs.files import check_fields, read_json
 from sdlab.settings import Settings
 from sdlab.threads import map_in_threads
 from sdlab.training import predict
 
 SECONDS = 0.4  # a measurement grows its batch until one call takes this long,
 FEW = 8  # but at least to this size: smaller batches say little about larger ones
+OPERATIONS = ("passes", "images", "encoded", "class_encoder steps", "unet steps")
+OPERATIONS += ("trial images", "trial validations", "cell images", "cell validations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,30 @@ class Costs:
     device: str
     seconds: dict[str, float]  # by operation
     memory: dict[str, float]  # bytes: "generating"; by number, those of a notebook that trains
-    sizes: dict[str, int]  # numbers in "unet", "encoder" (its weights), "table" (an epoch's), "latent" (an image's)
+    sizes: dict[str, int]  # of `model_sizes`
+
+    @classmethod
+    def from_file(cls, path: Path, settings: Settings, facts: DatasetFacts, base: BaseModel) -> "Costs":
+        """Costs that were measured on another device (`scripts/measure_gpu.py costs`). Raises `BadInput`."""
+        given = check_fields(read_json(path), dict(device=str, seconds=dict, memory=dict), path)
+        seconds = check_fields(given["seconds"], dict.fromkeys(OPERATIONS, float), path)
+        memory = check_fields(given["memory"], dict.fromkeys(("generating", "01", "03"), int), path)
+        sizes = model_sizes(settings, facts, base)
+        return cls(device=f"{given['device']} (measured elsewhere)", seconds=seconds, memory=memory, sizes=sizes)
+
+
+def model_sizes(settings: Settings, facts: DatasetFacts, base: BaseModel) -> dict[str, int]:
+    """Numbers in "unet", "encoder" (its weights), "table" (an epoch's), "latent" (an image's)."""
+    from sdlab.class_encoder import ClassEncoder
+
+    with torch.device("meta"):
+        encoder = ClassEncoder(facts.num_classes, base.tokens, base.width, settings.class_encoder_hidden)
+    return dict(
+        unet=base.unet.num_parameters(),
+        encoder=encoder.num_parameters(),
+        table=(facts.num_classes + 1) * base.tokens * base.width,
+        latent=base.latent_channels * (settings.base_image_size // base.vae_scale) ** 2,
+    )
 
 
 class Meter:
@@ -89,8 +114,8 @@ def time_batches(work: Callable[[int], object], most: int, device: torch.device)
     batch, seen = 1, []
     while True:
         try:
-            if not seen:
-                work(batch)  # warm
+            if not seen or device.type == "cuda":  # a GPU loads kernels of their own for each size
+                work(batch)
             with Meter(device) as meter:
                 seconds = time_call(work, batch, device)
         except torch.OutOfMemoryError:  # the batches that did fit are enough; the plan's memory will tell the rest
@@ -185,11 +210,8 @@ def measure(settings: Settings, facts: DatasetFacts, base: BaseModel) -> Costs:
         for parameter in tuned.unet.parameters():
             parameter.grad = None
         tuned.unet.requires_grad_(False).eval()
-    adam, numbers, encoder_numbers = (
-        seconds_per_adam_parameter(device),
-        unet.num_parameters(),
-        op.encoder.num_parameters(),
-    )
+    adam, sizes = seconds_per_adam_parameter(device), model_sizes(settings, facts, base)
+    numbers, encoder_numbers = sizes["unet"], sizes["encoder"]
     seconds = {
         "passes": denoising.seconds,
         "images": decoding.seconds,
@@ -211,12 +233,7 @@ def measure(settings: Settings, facts: DatasetFacts, base: BaseModel) -> Costs:
             # Fine-tuning holds no frozen UNet: float32 weights, gradients, and two moments each.
             "03": held - unet.dtype.itemsize * numbers + 16 * numbers + tuning.bytes(s.unet_batch_size),
         },
-        sizes=dict(
-            unet=numbers,
-            encoder=encoder_numbers,
-            table=(facts.num_classes + 1) * base.tokens * base.width,
-            latent=base.latent_channels * op.side**2,
-        ),
+        sizes=sizes,
     )
 
 
@@ -240,18 +257,19 @@ def classifier_costs(s: Settings, facts: DatasetFacts, seeds: int, device: torch
     """
     threads = torch.get_num_threads()
     workers = min(seeds, threads) if device.type == "cpu" else 1
-    val, recipe = random_split(8, s.image_size), ClassifierRecipe.from_settings(s)
+    model = ResNet20(facts.num_classes, s.classifier_filters).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    some = random_split(max(s.classifier_batch_size, 1024), s.image_size)
+    images, labels = as_tensors(some, device)
 
-    def fit(count):
-        once = dataclasses.replace(recipe, batch_size=count, epochs=1, train_steps=1)
-        return train_classifier(random_split(count, s.image_size), val, facts.num_classes, once, 0, device).model
+    def fit(count: int) -> None:
+        training_step(model.train(), optimizer, images[:count], labels[:count], s.classifier_label_smoothing)
 
     torch.set_num_threads(threads // workers)
     try:
-        model = fit(8)
         training = time_batches(fit, s.classifier_batch_size, device).seconds
         validation = time_batches(
-            lambda count: classify(model, random_split(count, s.image_size)), 1024, device
+            lambda count: classify(model, Split(some.images[:count], some.labels[:count])), 1024, device
         ).seconds
     finally:
         torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -142,15 +143,18 @@ def simulate_pruning(settings: Settings, search: str, trials: int, repeats: int 
     return simulated
 
 
-def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = None) -> dict:
+def make_plan(
+    settings: Settings, facts: DatasetFacts, base: BaseModel | None = None, costs_file: Path | None = None
+) -> dict:
     """The plan as plain data: a row per notebook, sums, assumptions and warnings.
 
-    `base` is the base model if it is already loaded. Raises `BadInput` for a base model of unknown size.
+    `base` is the base model if it is already loaded. The costs of `costs_file` were measured on another device.
+    Raises `BadInput` for a base model of unknown size.
     """
     here = base is not None or is_available_locally(settings)
     if base is None:
         base = load_base_model(settings) if here else load_without_weights(settings)
-    costs = measure(settings, facts, base)
+    costs = Costs.from_file(costs_file, settings, facts, base) if costs_file else measure(settings, facts, base)
     expected, most = workload(settings, facts), workload(settings, facts, most=True)
     unpruned = workload(settings, facts, pruning=False)
     rows = {
@@ -171,7 +175,7 @@ def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = 
         settings=planned_settings(settings),
         experiment=settings.experiment,
         base_model=settings.base_model,
-        base_model_is_here=here,
+        base_model_is_here=here or costs_file is not None,  # else timed with zeros
         device=costs.device,
         training_images=facts.train,
         remarks=list(facts.remarks),
@@ -184,7 +188,7 @@ def make_plan(settings: Settings, facts: DatasetFacts, base: BaseModel | None = 
     )
     made |= {name: sum(row[name] for row in rows.values()) for name in ("hours", "hours_at_most", "disk_gb")}
     made["disk_peak_gb"] = made["disk_gb"] + 12 * costs.sizes["unet"] / GB + fetched
-    return made | dict(warnings=warnings(settings, made, base.device))
+    return made | dict(warnings=[] if costs_file else warnings(settings, made, base.device))
 
 
 def seconds(work: Work, costs: Costs) -> float:
