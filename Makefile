@@ -19,7 +19,7 @@ faults: setup $(VENV)/reference/.done  ## Kills, refusing disks, damage, rubbish
 	$(BIN)/python tests/faults/refusals.py --folder $(FAULTS)
 	$(BIN)/python tests/faults/kills.py --folder $(FAULTS) --kills 115 --soak 30
 
-scale: setup  ## Several workers and hosts (root, iproute2, faketime), killed drivers, and how much faster: two hours
+scale: setup  ## Several workers and hosts (root, iproute2, faketime), killed drivers, and how much faster: five hours
 	$(BIN)/python -m pytest -m scale -s tests/scale
 	$(BIN)/python tests/faults/kills.py --folder $(FAULTS)/workers --kills 0 --runs 4 --kills-a-run 7 --workers 2
 	for experiment in digits retinamnist-tiny; do for work in sets cells search; do \

@@ -264,10 +264,11 @@ def ceiling(line: dict) -> float:
 
 
 @main.command()
-def report() -> None:
+@click.argument("file", type=click.Path(exists=True, path_type=Path), default=FOLDER / "measured.jsonl")
+def report(file: Path) -> None:
     """A row for each experiment and kind of work; medians of its turns."""
     rows = {}
-    for line in map(json.loads, (FOLDER / "measured.jsonl").read_text().splitlines()):
+    for line in map(json.loads, file.read_text().splitlines()):
         rows.setdefault((line["experiment"], line["work"]), []).append(line)
 
     def median(lines: list[dict], value) -> float:

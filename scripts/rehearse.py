@@ -10,7 +10,6 @@ each notebook, and what `sdlab plan` said before. Everything goes to runs/rehear
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -40,13 +39,13 @@ DEPTH = dict(
 
 # Python runs this at every start: a notebook's kernel knows the made files as it knows the official ones.
 MADE_IS_OFFICIAL = """
-import functools, pickle
+import functools, json
 from pathlib import Path
 
 from sdlab.data import named_datasets
 from sdlab.data.images import DatasetFacts
 
-made = pickle.loads(Path(__file__).with_name("made.pkl").read_bytes())
+made = json.loads(Path(__file__).with_name("made.json").read_text())
 if "class" in made:
     import torchvision.datasets
 
@@ -86,7 +85,7 @@ def write_made_data(name: str, folder: Path) -> dict[str, str]:
     else:
         made["info"] = write_medmnist(folder, name, (TRAIN, VAL, TEST))
     (folder / "python").mkdir()
-    (folder / "python" / "made.pkl").write_bytes(pickle.dumps(made))
+    (folder / "python" / "made.json").write_text(json.dumps(made))
     (folder / "python" / "sitecustomize.py").write_text(MADE_IS_OFFICIAL)
     before = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {"PYTHONPATH": os.pathsep.join([str(folder / "python"), str(PROJECT_ROOT), *before])}
