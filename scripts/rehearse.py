@@ -1,6 +1,6 @@
 """Rehearse an experiment of the paper: every notebook, Stable Diffusion 2.0 at its true size, nothing fetched.
 
-    .venv/bin/python scripts/rehearse.py cifar10              # both: make rehearsal
+    .venv/bin/python scripts/rehearse.py cifar10
     .venv/bin/python scripts/rehearse.py retinamnist --official data
 
 The weights are random and the images are made, in the formats of the true files; `--official FOLDER` takes the official
