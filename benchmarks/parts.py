@@ -37,12 +37,13 @@ from sdlab.generation import GenerationPlan, generate
 from sdlab.latents import encode_images
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.experiment import Experiment
+from sdlab.runs.trainings import TrainingPlan
 from sdlab.sampling_config import prepare_unet
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
 from sdlab.tools.measuring import load_without_weights
-from sdlab.training import TrainingPlan, train
+from sdlab.training import train
 
 SILENT = functools.partial(tqdm, disable=True)
 REFERENCE = PROJECT_ROOT / ".venv" / "reference"  # `make benchmarks` installs transformers here

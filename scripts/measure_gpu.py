@@ -36,11 +36,12 @@ from sdlab.class_encoder import ClassEncoder
 from sdlab.data.images import DatasetFacts, Split
 from sdlab.diffusion_pipeline import ClassConditionalStableDiffusionPipeline
 from sdlab.latents import Moments
+from sdlab.runs.trainings import TrainingPlan
 from sdlab.sampling_config import prepare_unet
 from sdlab.schedulers import make_scheduler
 from sdlab.settings import Settings
 from sdlab.tools.measuring import Operations, float32_copy, load_without_weights
-from sdlab.training import TrainingPlan, train
+from sdlab.training import train
 
 GIB = 2**30
 PASS = 2 * 23.42e9  # operations of the UNet's forward pass for one image at 128 px

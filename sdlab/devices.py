@@ -23,6 +23,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_processes(count: int, name: str, device: torch.device) -> None:
+    """Raises `BadInput` if `training_processes` is more than this machine's devices, or they cannot share a training."""
+    if count > 1 and (device.type == "mps" or ":" in name):
+        raise BadInput(
+            f"`training_processes` is {count} and `device` {name!r}, which is a single one: take `device: cuda` or `cpu`, or "
+            "one process."
+        )
+    if count > 1 and device.type == "cuda" and count > (found := torch.cuda.device_count()):
+        raise BadInput(
+            f"`training_processes` is {count}, and this machine has {found} GPUs: one process a GPU at most."
+        )
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto`: float32 on a CPU, bfloat16 on NVIDIA GPUs since Ampere, float16 on older ones, which emulate bfloat16."""
     if name != "auto":

@@ -71,6 +71,10 @@ class Settings:
     cluster_any_worker: bool = setting(
         False, "", "also use workers of another kind: device, versions; bytes may differ"
     )
+    training_processes: int = setting(1, "", "devices that share a training: a process each (DDP)", low=1, high=64)
+    micro_batch_size: int = setting(
+        0, "", "most images of a training step that a device holds at once; 0: all of its share", low=0
+    )
     resume_minutes: float = setting(10.0, "", "minutes of training between resume states inside an epoch", low=0.0)
     compile_unet: bool = setting(False, "", "torch.compile the UNet for generation (needs a C++ compiler)")
 

@@ -65,9 +65,14 @@ def results(run, images=30) -> dict:
         run.lock.release()
 
 
+KEPT = {}  # what this process makes of the base model of all tests
+
+
 @pytest.fixture
 def here(settings, data, base, tmp_path):
-    return results(opened(dataclasses.replace(settings, runs_root=str(tmp_path / "here")), data, base))
+    if not KEPT:
+        KEPT.update(results(opened(dataclasses.replace(settings, runs_root=str(tmp_path / "here")), data, base)))
+    return KEPT
 
 
 @pytest.fixture
@@ -189,13 +194,6 @@ def test_without_dask_there_is_one_sentence(settings, data, base, monkeypatch):
         opened(settings, data, base, cluster="local")
 
 
-def test_an_error_of_a_task_is_the_drivers(settings, data, base, monkeypatch):
-    run = opened(settings, data, base, cluster="local", workers=1)
-    (epoch_folder(run.folder / "class_encoder", 1) / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"is damaged: config\.json"):
-        results(run)
-
-
 # ---------------------------------------------------------------------------------------------------------- files
 
 
@@ -294,8 +292,9 @@ def test_local_workers_end_with_their_driver(tmp_path, how):
     assert not left
 
 
-def test_a_cancelled_caller_does_not_wait_for_the_workers(settings, data, base, monkeypatch):
-    """A trial failed, or the user stopped the cell: nobody waits for what workers still do, and they serve the next call."""
+def test_neither_a_cancelled_caller_nor_a_tasks_error_stops_the_workers(settings, data, base):
+    """A trial failed, or the user stopped the cell: nobody waits for what workers still do, and they serve the next call.
+    An error of a task is the driver's."""
     run = opened(settings, data, base, cluster="local", workers=1)
     future = run.executor.submit(sleep_for, run, 2.0)
     time.sleep(0.2)
@@ -303,8 +302,9 @@ def test_a_cancelled_caller_does_not_wait_for_the_workers(settings, data, base, 
     with pytest.raises(CancelledError):
         future.result(timeout=1)
     assert run.executor.submit(sleep_for, run, 0.0).result(timeout=60) == 0.0
-    run.executor.shutdown()
-    run.lock.release()
+    (epoch_folder(run.folder / "class_encoder", 1) / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"is damaged: config\.json"):
+        results(run)
 
 
 def sleep_for(run, seconds, on_progress) -> float:

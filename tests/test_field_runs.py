@@ -167,21 +167,21 @@ def test_an_extended_search_ends_as_one_that_was_as_long_from_the_start(tmp_path
     monkeypatch.setattr(papermill, "execute_notebook", functools.partial(papermill.execute_notebook, engine_name="in-process"))  # fmt: skip
 
     def search(runs, until, trials):
-        given = ("-p", "runs_root", tmp_path / runs, "-p", "search_1_trials", trials)
+        given = ("-p", "runs_root", tmp_path / runs, "-p", "search_1_trials", trials, "-p", "search_images", 20)
         done = invoke("run", SMOKE, *given, "--until", until)
         assert done.exit_code == 0, done.output
         return done
 
-    search("short", "01", 4)
+    search("short", "01", 2)
     shutil.copytree(tmp_path / "short", tmp_path / "long")
-    search("short", "02", 4)
-    assert "01_class_encoder         finished before, skipped" in search("short", "02", 6).output
-    search("long", "02", 6)
+    search("short", "02", 2)
+    assert "01_class_encoder         finished before, skipped" in search("short", "02", 4).output
+    search("long", "02", 4)
     extended, whole = ({n: read_json(tmp_path / runs / "smoke/metrics" / f"{n}.json") for n in ("search_1", "after_2")} for runs in ("short", "long"))  # fmt: skip
     for result in (extended, whole):
         result["after_2"] = {k: v for k, v in result["after_2"].items() if "seconds" not in k}
         result["search_1"]["trials"] = [{k: v for k, v in t.items() if "seconds" not in k} for t in result["search_1"]["trials"]]  # fmt: skip
-    assert extended == whole and len(whole["search_1"]["trials"]) == 6
+    assert extended == whole and len(whole["search_1"]["trials"]) == 4
 
 
 # ------------------------------------------------------------------------------------------- kernels, parameters

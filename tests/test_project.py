@@ -25,14 +25,15 @@ NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 BENCHMARKS = sorted((PROJECT_ROOT / "benchmarks").glob("*.ipynb"))
 # Each module may import those before it. ARCHITECTURE.md says the same in words.
 ORDER = """
-class_encoder data.images errors importance metrics paths report.paper threads data.image_decoding data.naming devices
-report.samples runs.files runs.parameters cluster.blobs cluster.executors data.folders data.npz data.pixels
-report.figures runs.checkpoints runs.locks runs.patient_storage runs.progress runs.resume_states runs.shards seeds
-settings classifier data.downloads data.model_files data.own_npz data.splits diffusion_pipeline report.reference
-runs.experiment runs.records runs.storage schedulers data.model_configs data.named_datasets data.saved_images
-runs.studies sampling_config base_models data.own_images generation cluster.worker data.datasets cluster.dask_cluster
-runs.stages report.costs report.tables runs.aside runs.export runs.verify tools.execution report.remarks runs.run
-tools.repair evaluation latents report.printing search training tools.measuring tools.planning tools.fan_out tools.cli
+class_encoder cluster.processes data.images errors importance metrics paths report.paper threads data.image_decoding
+data.naming devices report.samples runs.files runs.parameters cluster.blobs cluster.executors data.folders data.npz
+data.pixels report.figures runs.checkpoints runs.locks runs.patient_storage runs.progress runs.resume_states
+runs.shards seeds settings classifier data.downloads data.model_files data.own_npz data.splits diffusion_pipeline
+report.reference runs.experiment runs.records runs.storage schedulers cluster.torchrun data.model_configs
+data.named_datasets data.saved_images runs.studies sampling_config base_models data.own_images generation
+cluster.worker data.datasets runs.trainings cluster.dask_cluster runs.stages report.costs report.tables runs.aside
+runs.export runs.verify tools.execution report.remarks runs.run tools.repair evaluation latents report.printing search
+training cluster.training_process tools.measuring tools.planning tools.fan_out tools.cli
 """.split()  # noqa: SIM905
 
 

@@ -219,6 +219,16 @@ def test_a_stage_that_is_resumed_in_another_environment_says_so(settings, capsys
     assert [earlier["threads"] for earlier in run.record.earlier_environments] == [1]
 
 
+def test_a_training_that_more_processes_resume_says_so(settings, capsys, monkeypatch):
+    monkeypatch.setitem(STAGES, "01", dataclasses.replace(STAGES["01"], upstream=()))
+    for count in (1, 2, 2):
+        run = Run(dataclasses.replace(settings, training_processes=count), "01_class_encoder")
+        run.lock.release()
+    assert "(training_processes 1 -> 2): its results are valid, but not" in capsys.readouterr().out
+    assert run.record.environment["training_processes"] == 2
+    assert "training_processes" not in run.record.earlier_environments[0]
+
+
 def test_a_processor_without_a_name_is_its_architecture(tmp_path):
     """As ARM's on Linux."""
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nBogoMIPS\t: 2000.00\n")

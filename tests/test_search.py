@@ -197,15 +197,15 @@ def test_a_search_cut_between_any_two_writes_ends_where_the_whole_one_does(
     settings = dataclasses.replace(
         world[0], search_pruner=pruner, search_reduction_factor=2, search_startup_trials=2, seed=seed
     )
-    whole = whole_search(settings, data, tmp_path, 8)
+    whole = whole_search(settings, data, tmp_path, 6)
     rng, left, cuts = np.random.default_rng(seed), [0], []
     cut_writes(monkeypatch, left, cuts)
     resumed = None
     while resumed is None:
         left[0] = int(rng.integers(1, 20))
         with contextlib.suppress(KeyboardInterrupt):
-            resumed, _ = searched(settings, data, 8)
-    assert len(cuts) >= 8 and "set_trial_param" in cuts
+            resumed, _ = searched(settings, data, 6)
+    assert len(cuts) >= 5 and "set_trial_param" in cuts
     strip = lambda found: [{k: v for k, v in t.items() if k != "trial_seconds"} for t in found["trials"]]  # noqa: E731
     assert strip(resumed) == strip(whole)
     assert resumed["best"] == whole["best"] and resumed["images"] == whole["images"]
@@ -216,7 +216,7 @@ def at_another_pace(monkeypatch, rng):
     score = search_module.train_and_score_classifiers
 
     def scored(*args, **more):
-        time.sleep(float(rng.choice([0, 0.002, 0.01, 0.03])))
+        time.sleep(float(rng.choice([0, 0.002, 0.01, 0.02])))
         return score(*args, **more)
 
     monkeypatch.setattr(search_module, "train_and_score_classifiers", scored)
@@ -226,11 +226,11 @@ def at_another_pace(monkeypatch, rng):
 def test_trials_at_a_time_are_the_same_search_at_any_pace(world, data, tmp_path, monkeypatch, pruner):
     """Ten random orders of results for each pruner; in every second one the driver is cut again and again, between writes."""
     settings = dataclasses.replace(
-        world[0], search_parallel=4, search_pruner=pruner, search_reduction_factor=2, search_startup_trials=3
+        world[0], search_parallel=3, search_pruner=pruner, search_reduction_factor=2, search_startup_trials=3
     )
     strip = lambda found: [{k: v for k, v in t.items() if k != "trial_seconds"} for t in found["trials"]]  # noqa: E731
-    whole = strip(searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, 12)[0])
-    one_by_one = strip(searched(dataclasses.replace(settings, search_parallel=1), data, 12)[0])
+    whole = strip(searched(dataclasses.replace(settings, runs_root=str(tmp_path / "whole")), data, 8)[0])
+    one_by_one = strip(searched(dataclasses.replace(settings, search_parallel=1), data, 8)[0])
     assert (
         one_by_one[:3] == whole[:3] and one_by_one != whole
     )  # random trials, then others than without the running ones
@@ -245,7 +245,7 @@ def test_trials_at_a_time_are_the_same_search_at_any_pace(world, data, tmp_path,
             while found is None:
                 left[0] = int(rng.integers(5, 60)) if order % 2 else 0
                 with contextlib.suppress(KeyboardInterrupt):
-                    found, _ = searched(here, data, 12)
+                    found, _ = searched(here, data, 8)
         assert strip(found) == whole, order
     assert len(cuts) > 15
 

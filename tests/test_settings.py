@@ -162,6 +162,8 @@ def test_every_setting_says_what_it_is_and_which_stages_depend_on_it():
         "device",
         "num_threads",
         "resume_minutes",
+        "training_processes",
+        "micro_batch_size",
         "compile_unet",
         "data_root",
         "cluster",

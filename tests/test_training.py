@@ -10,16 +10,18 @@ from conftest import shut_to_this_process
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from sdlab import latents, training
+from sdlab import latents
 from sdlab.base_models import load_base_model
 from sdlab.class_encoder import ClassEncoder, ClassTable
 from sdlab.data.pixels import to_model
 from sdlab.errors import BadInput
 from sdlab.latents import Moments, encode_images
+from sdlab.runs import trainings
 from sdlab.runs.checkpoints import half_precision_copy, load_checkpoint, save_checkpoint
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.resume_states import TrainingPosition
-from sdlab.training import TrainingPlan, cosine, fine_tune_unet, predict, prediction_target, train
+from sdlab.runs.trainings import TrainingPlan, cosine
+from sdlab.training import fine_tune_unet, predict, prediction_target, train
 
 
 class Killed(Exception):
@@ -135,7 +137,7 @@ def test_killed_before_its_last_checkpoint_history_or_state(
 ):
     """The last epoch's three writes: between any two of them, what is missing is made, the state of the end too."""
     _, uncut = fit(load_base_model(settings), moments, tmp_path / "whole", plan())
-    original, calls = getattr(training, before), []
+    original, calls = getattr(trainings, before), []
 
     def dies_at_the_last(*arguments):
         calls.append(arguments)
@@ -145,7 +147,7 @@ def test_killed_before_its_last_checkpoint_history_or_state(
         return original(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(training, before, dies_at_the_last)
+        patched.setattr(trainings, before, dies_at_the_last)
         fit(load_base_model(settings), moments, tmp_path / "cut", plan(), resume_seconds=resume_seconds)
     _, history = fit(load_base_model(settings), moments, tmp_path / "cut", plan())
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
@@ -217,6 +219,40 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(base, moments, tmp_path):
         match=r"became nan at epoch 1, step \d of 3 \(training images \d+, .*class_encoder_learning_rate 0.001",
     ):
         fit(base, moments, tmp_path, plan())
+
+
+@pytest.mark.parametrize(("part", "epoch"), [("class_encoder", 1), ("unet", 2)])
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_written(
+    base, moments, tmp_path, monkeypatch, part, epoch
+):
+    """In the last step of an epoch no later loss would show it: neither its checkpoint nor a state holds such weights."""
+    steps, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def breaks(parameters, most):
+        parameters = list(parameters)
+        steps.append(1)
+        if len(steps) == 3 * epoch:
+            parameters[0].grad[0] = math.inf
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaks)
+    monkeypatch.setattr(trainings, "SECONDS_BETWEEN_CHECKS", math.inf)
+    with pytest.raises(BadInput, match=rf"The gradient of {part} became inf at epoch {epoch}, step 3 of 3 "):
+        fit(base, moments, tmp_path, plan(part), resume_seconds=0.0)
+    kept = [load_file(path) for path in tmp_path.rglob("*.safetensors")]
+    assert len(kept) == epoch and all(tensor.isfinite().all() for state in kept for tensor in state.values())
+    assert len(list(tmp_path.glob("epoch_*"))) == epoch - 1
+
+
+def test_the_first_step_that_is_not_finite_is_named_whenever_it_is_looked_for(base, moments, tmp_path, monkeypatch):
+    said = []
+    for seconds in (0.0, math.inf):  # after each step; before the first write
+        monkeypatch.setattr(trainings, "SECONDS_BETWEEN_CHECKS", seconds)
+        moments.mean[7] = math.inf
+        with pytest.raises(BadInput, match="became nan at epoch 1") as error:
+            fit(base, moments, tmp_path / "same", plan())
+        said.append(str(error.value))
+    assert said[0] == said[1] and not list(tmp_path.rglob("*.safetensors"))
 
 
 def damaged(path, how):
@@ -427,7 +463,7 @@ def test_exhausted_memory_is_refused_and_names_the_setting(base, data, moments, 
     with pytest.raises(BadInput, match="does not hold 48 images of 16 px in the VAE: take a smaller `base_image_size`"):
         encode_images(data.train.images.__getitem__, 48, base, 16, tmp_path / "train.npz", "made from this")
     for part in ("class_encoder", "unet"):
-        step = f"does not hold a training step of {part} with 20 images: take a smaller `{part}_batch_size`"
+        step = f"does not hold a training step of {part} with 20 images: take a smaller `micro_batch_size`"
         with pytest.raises(BadInput, match=step):
             fit(base, moments, tmp_path / part, plan(part))
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.npz"))

@@ -143,7 +143,7 @@ def rebuild(context: Context, cache: BlobCache) -> Experiment:
     from sdlab.base_models import load_base_model
 
     folder = Path(get_worker().local_directory) / f"sdlab-{context.key}"
-    settings = replace(context.settings, cluster="none", runs_root=str(folder / "runs"))
+    settings = replace(context.settings, cluster="none", training_processes=1, runs_root=str(folder / "runs"))
     if not has_own_base(context):
         place(context.base, folder / "base", cache)
         settings = replace(settings, base_model=str(folder / "base"))

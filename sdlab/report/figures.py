@@ -23,7 +23,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def plot_losses(history: Sequence, part: str) -> Figure:
-    """Mean loss and learning rate of each epoch, from `training.EpochRecord`s; the title says how long an epoch took."""
+    """Mean loss and learning rate of each epoch, from `EpochRecord`s; the title says how long an epoch took."""
     table = pd.DataFrame(history).set_index("epoch")
     title = f"{part}: {table.train_steps.sum()} training steps, {table.seconds.median():.1f} s an epoch"
     ax = table.loss.plot(style=".-", figsize=(7, 2.8), grid=True, title=title, label="loss")

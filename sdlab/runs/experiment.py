@@ -26,6 +26,13 @@ class Experiment:
 
         return InThisProcess(self.settings.device)
 
+    @functools.cached_property
+    def processes(self) -> Any:
+        """Those that train: this one. Under torchrun, each has its own."""
+        from sdlab.cluster.processes import OneProcess  # imports torch
+
+        return OneProcess(self.settings.micro_batch_size)
+
     def __init__(self, settings: Settings, data: Any = None, base: Any = None):
         self.settings, self.data, self.base, self.folder = settings, data, base, settings.run_folder
 

@@ -151,8 +151,11 @@ def environment_change(record: StageRecord) -> str:
 
 
 def environment_differences(before: dict, after: dict) -> list[str]:
-    if "worker_device" in before.keys() | after.keys():  # tasks run in this process unless something else is recorded
+    # Tasks run in this process, and so do trainings, unless something else is recorded.
+    if "worker_device" in before.keys() | after.keys():
         before, after = (
             dict(worker_device=e.get("device"), worker_threads=e.get("threads")) | e for e in (before, after)
         )
+    if "training_processes" in before.keys() | after.keys():
+        before, after = (dict(training_processes=1, micro_batch_size=0) | e for e in (before, after))
     return [f"{name} {was} -> {after[name]}" for name, was in before.items() if after.get(name, was) != was]

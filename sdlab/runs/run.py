@@ -123,7 +123,7 @@ class Run(Experiment):
             inputs=self.inputs,
             begun=before.begun if before else records.now(),
             opened_at=time.time(),
-            environment=records.environment(self.base) | self.workers(),
+            environment=records.environment(self.base) | self.workers() | self.division(),
             seconds=before.seconds + self.lost_seconds(before) if before else 0.0,
         )
         if before:
@@ -144,6 +144,13 @@ class Run(Experiment):
         if self.settings.cluster == "none" or self.base is None or self.stage.number not in SAMPLING.split():
             return {}
         return dict(worker_device=self.executor.environment["device"], worker_threads=self.executor.threads)
+
+    def division(self) -> dict[str, int]:
+        """How a training's batches are divided, if they are: it changes last bits."""
+        names = ("training_processes", "micro_batch_size")
+        divided = {name: getattr(self.settings, name) for name in names}
+        whole = {name: getattr(Settings, name) for name in names}
+        return divided if self.stage.number in ("01", "03") and divided != whole else {}
 
     def lost_seconds(self, before: StageRecord) -> float:
         """Seconds that an unfinished attempt worked: from its start until its last sign of progress."""

@@ -155,6 +155,11 @@ def make_plan(
     if base is None:
         base = load_base_model(settings) if here else load_without_weights(settings)
     costs = Costs.from_file(costs_file, settings, facts, base) if costs_file else measure(settings, facts, base)
+    remarks = list(facts.remarks)
+    if (devices := settings.training_processes) > 1:
+        costs = share_trainings(costs, devices)
+        remarks.append(f"A training step that {devices} devices share is planned {devices} times as fast, at best: they also "
+                       "exchange gradients.")  # fmt: skip
     expected, most = workload(settings, facts), workload(settings, facts, most=True)
     unpruned = workload(settings, facts, pruning=False)
     rows = {
@@ -178,7 +183,7 @@ def make_plan(
         base_model_is_here=here or costs_file is not None,  # else timed with zeros
         device=costs.device,
         training_images=facts.train,
-        remarks=list(facts.remarks),
+        remarks=remarks,
         classes=facts.num_classes,
         unet_parameters=costs.sizes["unet"],
         rows=rows,
@@ -189,6 +194,12 @@ def make_plan(
     made |= {name: sum(row[name] for row in rows.values()) for name in ("hours", "hours_at_most", "disk_gb")}
     made["disk_peak_gb"] = made["disk_gb"] + 12 * costs.sizes["unet"] / GB + fetched
     return made | dict(warnings=[] if costs_file else warnings(settings, made, base.device))
+
+
+def share_trainings(costs: Costs, devices: int) -> Costs:
+    """The costs where so many devices share each training step."""
+    shared = {name: took / devices if name.endswith(" steps") else took for name, took in costs.seconds.items()}
+    return dataclasses.replace(costs, seconds=shared)
 
 
 def seconds(work: Work, costs: Costs) -> float:

@@ -1,0 +1,54 @@
+"""One training on 1, 2 and 3 processes: the same losses; and what happens if one of three is killed."""
+
+import contextlib
+import os
+import signal
+
+import psutil
+import pytest
+from test_training_processes import experiment, losses, new_experiment, start  # noqa: F401  (a fixture)
+
+from sdlab.errors import BadInput
+
+pytestmark = pytest.mark.scale
+EPOCHS = dict(class_encoder_epochs=50, unet_epochs=50)  # each is a training step of 64 images
+
+
+@pytest.mark.parametrize("part", ["class_encoder", "unet"])
+def test_fifty_steps_on_one_two_and_three_processes(experiment, tmp_path, part):  # noqa: F811
+    found = {
+        count: losses(
+            start(
+                new_experiment(
+                    experiment.settings, runs_root=str(tmp_path / str(count)), training_processes=count, **EPOCHS
+                ),
+                part,
+            )
+        )
+        for count in (1, 2, 3)
+    }
+    furthest = {count: max(abs(a / b - 1) for a, b in zip(found[count], found[1], strict=True)) for count in (2, 3)}
+    print(f"{part}: largest relative difference of a loss, by processes: {furthest}")
+    assert len(found[1]) == 50 and max(furthest.values()) < 1e-4
+
+
+def test_a_killed_process_stops_all_and_the_training_resumes(experiment, tmp_path):  # noqa: F811
+    whole = losses(start(new_experiment(experiment.settings, runs_root=str(tmp_path / "whole")), "unet"))
+    shared = new_experiment(experiment.settings, runs_root=str(tmp_path / "shared"), training_processes=3)
+    with pytest.raises(BadInput, match="a process was killed by signal 9"):
+        for record in start(shared, "unet"):
+            if record.epoch == 4:
+                trainers = processes_of("sdlab.cluster.training_process")
+                os.kill(next(p.pid for p in trainers if p.environ()["RANK"] == "1"), signal.SIGKILL)
+    assert not processes_of("sdlab.cluster.training_process")
+    assert losses(start(shared, "unet")) == pytest.approx(whole, rel=1e-4)
+
+
+def processes_of(module: str) -> list[psutil.Process]:
+    """Those that torchrun has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if module in process.cmdline() and "RANK" in process.environ():
+                found.append(process)
+    return found
