@@ -6,7 +6,7 @@ EXPERIMENT ?= digits
 FAULTS ?= .faults
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test faults scale full-size benchmarks lab dashboard lint setup
+.PHONY: demo test faults scale full-size rehearsals benchmarks lab dashboard lint setup
 
 demo: setup  ## The whole pipeline on the embedded data set and base model
 	$(BIN)/sdlab run digits
@@ -29,6 +29,10 @@ scale: setup  ## Several workers and hosts (root, iproute2, faketime), killed dr
 
 full-size: setup  ## Stable Diffusion 2.0 at its true size on the CPU: minutes, 20 GiB of memory, 35 GB of disk below TMPDIR
 	$(BIN)/python -m pytest -m slow -s tests/test_full_size.py
+
+rehearsals: setup  ## Two of the paper's experiments, 00 to 07, at Stable Diffusion 2.0's true size on the CPU: an hour, 20 GiB, 35 GB
+	$(BIN)/python scripts/rehearse.py cifar10
+	$(BIN)/python scripts/rehearse.py retinamnist
 
 benchmarks: setup $(VENV)/reference/.done  ## Each part and the usual way to do the same, timed: minutes on a quiet machine
 	$(BIN)/python benchmarks/run.py cpu

@@ -43,6 +43,7 @@ from sdlab.settings import Settings
 from sdlab.tools.measuring import Operations, float32_copy, load_without_weights
 from sdlab.training import train
 
+H100_TFLOPS = 989.0  # dense, bfloat16: NVIDIA's figure for the SXM card
 GIB = 2**30
 PASS = 2 * 23.42e9  # operations of the UNet's forward pass for one image at 128 px
 CLASSES = 10
@@ -361,8 +362,14 @@ def measure(parts: tuple[str, ...], base_model: str) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
-def costs(file: Path) -> None:
-    """The costs for `sdlab plan --costs`, from what `measure` printed."""
+@click.option("--card", help="Derive the costs of this card, whose arithmetic has another peak.")
+@click.option("--peak", type=float, default=H100_TFLOPS, help="Its dense half-precision TFLOP/s; an H100 has 989.")
+def costs(file: Path, card: str | None, peak: float) -> None:
+    """The costs for `sdlab plan --costs`, from what `measure` printed on an H100.
+
+    For another card, sampling, decoding and encoding take longer as its peak is lower. Training at the paper's batch sizes
+    and the classifier are bound by the host, and stay.
+    """
     first, *lines = map(json.loads, file.read_text().splitlines())
 
     def line(what: str, **which: object) -> dict:
@@ -382,8 +389,11 @@ def costs(file: Path) -> None:
     }
     seconds |= {f"{whose} images": image for whose in ("trial", "cell")}
     seconds |= {f"{whose} validations": validation for whose in ("trial", "cell")}
+    for operation in ("passes", "images", "encoded"):
+        seconds[operation] *= H100_TFLOPS / peak
     memory = {"generating": sampled["gib"], "01": encoder["gib"], "03": unet["gib"]}
-    click.echo(json.dumps(dict(device=f"{first['device']}, bfloat16", seconds=seconds,
+    name = f"{card}, derived from {first['device']}" if card else first["device"]
+    click.echo(json.dumps(dict(device=f"{name}, bfloat16", seconds=seconds,
                                memory={name: round(gib * GIB) for name, gib in memory.items()}), indent=1))  # fmt: skip
 
 

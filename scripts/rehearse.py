@@ -121,6 +121,7 @@ def main(experiment: str, official: Path | None, folder: Path, more: tuple[tuple
     sdlab(environment, "run", experiment, *parameters)
     print(f"{experiment}: {time.monotonic() - started:.0f} s from 00 to 07")
     settings = replace(Settings.from_file(parameter_file(experiment)), runs_root=str(given["runs_root"]))
+    planned = json.loads((settings.run_folder / "metrics" / "plan.json").read_text())["rows"]
     rows, before = [], 0
     for number in STAGES:
         record = read_record(settings, number)
@@ -128,13 +129,17 @@ def main(experiment: str, official: Path | None, folder: Path, more: tuple[tuple
         rows.append(
             {
                 "notebook": record.stage,
-                "seconds": record.seconds,
+                "planned, s": 3600 * planned[number]["hours"] if number in planned else None,
+                "took, s": record.seconds,
                 "memory, GB": memory / 1e9,
                 "disk, GB": (size - before) / 1e9,
             }
         )
         before = size
-    print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".2f"))
+    table = pd.DataFrame(rows)
+    print(table.to_markdown(index=False, floatfmt=(".0f", ".0f", ".0f", ".1f", ".2f"), missingval=""))
+    took = table["took, s"][table["planned, s"].notna()].sum()
+    print(f"01 to 05: planned {table['planned, s'].sum():.0f} s, took {took:.0f} s")
 
 
 if __name__ == "__main__":

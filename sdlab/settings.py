@@ -99,6 +99,7 @@ class Settings:
     class_encoder_learning_rate: float = setting(1e-4, "01", "at the start of the cosine", low=0.0, high=1.0)
     unet_epochs: int = setting(10, "03", "epochs of stage 3", low=1)
     unet_batch_size: int = setting(16, "03", "images of a training step", low=1)
+    unet_kept_epochs: int = setting(0, "03", "UNets of the last so many epochs are kept; 0: of all", low=0)
     unet_learning_rate: float = setting(1e-5, "03", "at the start of the cosine", low=0.0, high=1.0)
     weight_decay: float = setting(4e-3, "01 03", "AdamW's, stages 1 and 3", low=0.0, high=1.0)
     max_grad_norm: float = setting(10.0, "01 03", "global clip norm, stages 1 and 3", low=1e-6)
@@ -230,6 +231,11 @@ class Settings:
         pd.options.display.max_colwidth = 100  # the meanings are whole sentences
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("setting")
 
+    @property
+    def first_kept_unet_epoch(self) -> int:
+        """The first epoch of stage 3 that leaves a checkpoint."""
+        return max(1, self.unet_epochs - self.unet_kept_epochs + 1) if self.unet_kept_epochs else 1
+
     def rungs(self) -> list[int]:
         """Numbers of images at which a trial is scored, lowest first; the last is `search_images`."""
         rungs = [self.search_first_images]
@@ -280,12 +286,16 @@ def check_together(s: Settings) -> None:
         f"`classifier_train_steps` is {s.classifier_train_steps}, fewer than the {s.classifier_epochs} validations "
         "(`classifier_epochs`) that it is divided into.": not 0 < s.classifier_train_steps < s.classifier_epochs,
     }
-    for n, part, (low, high, trained) in ((1, "class_encoder", epochs_1), (2, "unet", epochs_2)):
+    for n, part, first, (low, high, trained) in (
+        (1, "class_encoder", 1, epochs_1),
+        (2, "unet", s.first_kept_unet_epoch, epochs_2),
+    ):
+        kept = f", of which the last {s.unet_kept_epochs} are kept (`unet_kept_epochs`)" * (first > 1)
         sentence = (
-            f"`search_{n}_min_epoch` to `search_{n}_max_epoch` is {low} to {high}: the checkpoints will be epochs 1 to "
-            f"{trained} (`{part}_epochs`)."
+            f"`search_{n}_min_epoch` to `search_{n}_max_epoch` is {low} to {high}: the checkpoints will be epochs {first} to "
+            f"{trained} (`{part}_epochs`{kept})."
         )
-        rules[sentence] = low <= high <= trained
+        rules[sentence] = first <= low <= high <= trained
     for sentence, holds in rules.items():
         if not holds:
             raise BadInput(sentence)

@@ -170,6 +170,8 @@ def train_part(
     """`train` here, or in as many processes as `training_processes` asks for, each of which comes by here again."""
     s, folder = run.settings, run.folder / part
     own = {name: getattr(s, f"{part}_{name}") for name in ("epochs", "batch_size", "learning_rate")}
+    if part == "unet":
+        own["first_kept"] = s.first_kept_unet_epoch
     plan = TrainingPlan(part=part, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, seed=s.seed, **own)
     more = s.training_processes > run.processes.count
     if more and not Training(plan, base, class_encoder, len(moments), folder, made_from).is_finished():

@@ -179,6 +179,8 @@ def test_disk_of_the_papers_size():
     costs = blank_costs(sizes=dict(unet=865_910_724, table=11 * 77 * 1024, latent=1024, encoder=0))
     facts = DatasetFacts(40_000, 10_000, 10_000, 10, 32)
     assert planning.disk(s, facts, costs, "03", Work()) / 1e9 == pytest.approx(10 * 1.732 + 10.39, rel=1e-3)
+    few = dataclasses.replace(s, unet_kept_epochs=4, search_2_min_epoch=7)
+    assert planning.disk(few, facts, costs, "03", Work()) / 1e9 == pytest.approx(4 * 1.732 + 10.39, rel=1e-3)
     assert planning.disk(s, facts, costs, "01", Work()) / 1e9 == pytest.approx(0.164 + 50 * 0.00347, rel=1e-2)
     assert planning.disk(s, facts, costs, "05", Work(images=400_000)) / 1e9 == pytest.approx(1.229, rel=1e-3)
 

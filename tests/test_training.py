@@ -197,6 +197,22 @@ def test_training_lowers_the_loss(base, tmp_path):
     assert np.mean([h.loss for h in history[-5:]]) < 0.8 * history[0].loss
 
 
+def test_only_the_last_epochs_are_kept(settings, moments, tmp_path):
+    """The same weights as if all were, also after a kill; and a finished training is read again."""
+    few = plan("unet", first_kept=2)
+    _, uncut = fit(load_base_model(settings), moments, tmp_path / "all", plan("unet"))
+    with pytest.raises(Killed):
+        fit(load_base_model(settings), moments, tmp_path / "few", few, progress=DiesAt(5))
+    fit(load_base_model(settings), moments, tmp_path / "few", few)
+    _, history = fit(load_base_model(settings), moments, tmp_path / "few", few, progress=None)
+    assert [epoch.loss for epoch in history] == [epoch.loss for epoch in uncut]
+    everything, kept = files(tmp_path / "all"), files(tmp_path / "few")
+    assert sorted({name.partition("/")[0] for name in kept}) == ["epoch_02", "epoch_03", "resume.safetensors"]
+    assert all(content == everything[name] for name, content in kept.items() if name.startswith("epoch"))
+    with pytest.raises(BadInput, match="another plan"):
+        fit(load_base_model(settings), moments, tmp_path / "few", plan("unet"))
+
+
 def test_a_finished_training_is_loaded_not_repeated(base, moments, tmp_path):
     _, history = fit(base, moments, tmp_path, plan(epochs=1))
     _, again = fit(base, moments, tmp_path, plan(epochs=1), progress=None)  # would fail if it trained

@@ -33,6 +33,15 @@ class TrainingPlan:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    first_kept: int = 1  # the first epoch that leaves a checkpoint
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights depend on, and the checkpoints if some are left out."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("first_kept", 1)}
+
+    def kept(self, epochs: int) -> range:
+        """Those of the first `epochs` epochs that leave a checkpoint."""
+        return range(self.first_kept, epochs + 1)
 
     def train_steps(self, images: int) -> int:
         return self.epochs * math.ceil(images / self.batch_size)
@@ -63,7 +72,7 @@ class Training:
     ):  # fmt: skip
         self.plan, self.base, self.class_encoder, self.folder = plan, base, class_encoder, folder
         self.processes = processes or OneProcess()
-        self.lineage = sha256_of_json([asdict(plan), made_from, images])
+        self.lineage = sha256_of_json([plan.identity(), made_from, images])
         self.images, self.per_epoch = images, math.ceil(images / plan.batch_size)
         self.total = plan.train_steps(images)
         self.history = [EpochRecord(**entry) for entry in load_history(folder, self.lineage)]
@@ -75,7 +84,7 @@ class Training:
         return whole and not is_behind(self.state_file, self.plan.epochs)
 
     def has_checkpoints(self, epochs: int) -> bool:
-        return all(is_intact(epoch_folder(self.folder, epoch + 1)) for epoch in range(epochs))
+        return all(is_intact(epoch_folder(self.folder, epoch)) for epoch in self.plan.kept(epochs))
 
     def resume(self) -> None:
         """Freeze one part, make the optimiser of the other, and load the resume state. Raises `BadInput`."""
@@ -100,7 +109,7 @@ class Training:
         # Weights and Adam's two moments in float32, twice while a state is written; per epoch a half-precision UNet or a table.
         numbers = sum(parameter.numel() for parameter in self.trained.parameters())
         checkpoint = 2 * numbers if plan.part == "unet" else 4 * self.class_encoder.table().numel()
-        needed = 2 * 12 * numbers + checkpoint * (plan.epochs - self.position.epochs)
+        needed = 2 * 12 * numbers + checkpoint * len(set(plan.kept(plan.epochs)) - set(plan.kept(self.position.epochs)))
         check_free_space(self.folder, needed, f"Training {plan.part}")
 
     def remaining_epochs(self) -> range:
@@ -171,9 +180,10 @@ class Training:
         )
         self.history.append(record)
         if self.processes.is_first:
-            save_checkpoint(self.trained, epoch_folder(self.folder, self.epoch))
+            if self.epoch in self.plan.kept(self.epoch):
+                save_checkpoint(self.trained, epoch_folder(self.folder, self.epoch))
             epochs = [asdict(entry) for entry in self.history]
-            write_json(self.folder / "history.json", dict(lineage=self.lineage, plan=asdict(self.plan), epochs=epochs))
+            write_json(self.folder / "history.json", dict(lineage=self.lineage, plan=self.plan.identity(), epochs=epochs))
         self.position = TrainingPosition(self.epoch)
         self.save_state(self.position)
         return record

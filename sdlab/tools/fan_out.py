@@ -239,13 +239,13 @@ def fan_out_sentences(durations: Durations, unet_numbers: int) -> list[str]:
     """What the table assumes, and where the driver is the limit."""
     s = durations.settings
     shard = durations.shard(inference_steps(s, most=False)["optimum_2"])
-    checkpoints = 2 * unet_numbers * s.unet_epochs / 1e9
+    checkpoints = 2 * unet_numbers * (s.unet_kept_epochs or s.unet_epochs) / 1e9
     return [
         f"Each device is like this one. A shard of {s.shard_size} images takes {format_seconds(shard)} on a device and "
         f"{format_seconds(durations.driver)} of the driver (measured, without the network): from about "
         f"{max(1, math.floor(shard / durations.driver)):,} devices on, the driver is the limit of 05.",
-        f"Training (01, 03) runs on one device. The searches run {s.search_parallel} trials at a time (`search_parallel`). Starting "
-        "workers is not counted.",
+        f"Training (01, 03) runs on {s.training_processes} of them (`training_processes`). The searches run {s.search_parallel} "
+        "trials at a time (`search_parallel`). Starting workers is not counted.",
         f"Disk of the run: as on one device. Each machine receives up to {format_gigabytes(checkpoints)} of UNets in 04, and keeps at "
         f"most {s.cluster_cache_gb:g} GB in its cache (`cluster_cache_gb`).",
     ]

@@ -217,7 +217,7 @@ def disk(s: Settings, facts: DatasetFacts, costs: Costs, number: str, work: Work
             + 4 * sizes["table"] * s.class_encoder_epochs
             + 12 * sizes["encoder"]
         )
-    return images + (2 * s.unet_epochs + 12) * sizes["unet"] if number == "03" else images
+    return images + (2 * (s.unet_kept_epochs or s.unet_epochs) + 12) * sizes["unet"] if number == "03" else images
 
 
 def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
@@ -226,7 +226,7 @@ def warnings(s: Settings, made: Mapping, device: torch.device) -> list[str]:
     if made["disk_peak_gb"] > free:
         found.append(
             f"Disk: up to {made['disk_peak_gb']:.1f} GB are needed and {free:.1f} GB are free: let `runs_root` point to a larger disk, "
-            "or train fewer `unet_epochs`."
+            "keep fewer UNets (`unet_kept_epochs`), or train fewer `unet_epochs`."
         )
     if device.type == "cuda":
         memory = (
