@@ -81,17 +81,30 @@ def test_timing_leaves_the_base_model_as_it_was(settings):
     costs = measure(settings, FACTS, base)
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in base.unet.parameters()) and not base.unet.training
-    assert len(costs.seconds) == 9 and all(0 < seconds < 10 for seconds in costs.seconds.values())
+    assert len(costs.seconds) == 11 and all(0 < seconds < 10 for seconds in costs.seconds.values())
     assert costs.sizes["unet"] == base.unet.num_parameters() and costs.sizes["table"] == 4 * 5 * 12
 
 
 def test_time_is_the_sum_of_what_is_done(settings):
     """Every kind of work that notebooks do has its own price."""
     kinds = {kind for work in workload(settings, FACTS).values() for kind in work}
-    assert kinds == measure(settings, FACTS, load_base_model(settings)).seconds.keys()
+    priced = measure(settings, FACTS, load_base_model(settings)).seconds.keys()
+    assert kinds == priced - {"bytes read", "bytes written"}
     costs = blank_costs(seconds={kind: price for price, kind in enumerate(sorted(kinds), start=1)})
     assert [planning.seconds(Work({kind: 10}), costs) for kind in sorted(kinds)] == [10 * n for n in range(1, 10)]
     assert planning.seconds(Work(kinds), costs) == 45
+
+
+def test_what_notebooks_do_besides_is_counted(settings):
+    """Smoke depth by hand: 3 classes, 3 steps, figures of five guidance scales and of epochs 1 and 2."""
+    base, sizes = load_base_model(settings), count_numbers(settings)
+    found = planning.besides(settings, FACTS, base, sizes, most=True)
+    assert (found["01"]["shown passes"], found["01"]["shown images"]) == ((8 + 2 * 2) * 3 * 3, (5 + 2) * 3 + 5 * 10)
+    assert (found["03"]["shown passes"], found["03"]["shown images"]) == (2 * 3 * 3 * 3, 3 * 3)
+    assert found["02"]["bytes read"] == 4 * (sizes["unet"] + base.vae.num_parameters())
+    assert found["03"]["bytes written"] == 2 * (12 + 2) * sizes["unet"]
+    one = planning.besides(dataclasses.replace(settings, unet_kept_epochs=1), FACTS, base, sizes, most=True)
+    assert one["03"]["bytes written"] == (2 * 12 + 2) * sizes["unet"]
 
 
 def test_memory_is_a_line_and_time_that_of_the_larger_batch():
@@ -146,9 +159,11 @@ def test_costs_of_another_device_are_multiplied_and_nothing_is_timed(settings, t
     costs = dict(device="a card", seconds=seconds, memory={"generating": 3 * 10**9, "01": 5 * 10**9, "03": 4 * 10**9})
     write_json(tmp_path / "card.json", costs)
     made = make_plan(settings, FACTS, costs_file=tmp_path / "card.json")
+    also = planning.besides(settings, FACTS, load_base_model(settings), made["costs"]["sizes"], most=False)
     for number, work in workload(settings, FACTS).items():
         assert set(work) <= set(seconds)
         expected = sum(count * seconds[operation] for operation, count in work.items())
+        expected += planning.seconds(also[number], Costs(**made["costs"]))
         assert made["rows"][number]["hours"] == pytest.approx(expected / 3600)
     assert [made["rows"][n]["memory_gb"] for n in ("01", "02", "03")] == [5, 3, 4] and not made["warnings"]
     assert plan_sentences(made)[0].startswith(

@@ -183,7 +183,9 @@ class Training:
             if self.epoch in self.plan.kept(self.epoch):
                 save_checkpoint(self.trained, epoch_folder(self.folder, self.epoch))
             epochs = [asdict(entry) for entry in self.history]
-            write_json(self.folder / "history.json", dict(lineage=self.lineage, plan=self.plan.identity(), epochs=epochs))
+            write_json(
+                self.folder / "history.json", dict(lineage=self.lineage, plan=self.plan.identity(), epochs=epochs)
+            )
         self.position = TrainingPosition(self.epoch)
         self.save_state(self.position)
         return record

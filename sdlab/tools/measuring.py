@@ -1,7 +1,10 @@
 """Time and memory of each operation on this device, at the base model's real size: what a plan multiplies."""
 
 import contextlib
+import hashlib
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from sdlab.data.model_files import PARTS, PINNED, SHAPES, read_configs
 from sdlab.devices import choose_precision
 from sdlab.errors import BadInput
 from sdlab.generation import count_parallel_batches
-from sdlab.runs.files import check_fields, read_json
+from sdlab.runs.files import check_fields, read_json, sha256_of_file
 from sdlab.settings import Settings
 from sdlab.threads import map_in_threads
 from sdlab.training import predict
@@ -46,6 +49,7 @@ class Costs:
         seconds = check_fields(given["seconds"], dict.fromkeys(OPERATIONS, float), path)
         memory = check_fields(given["memory"], dict.fromkeys(("generating", "01", "03"), int), path)
         sizes = model_sizes(settings, facts, base)
+        seconds |= file_costs()
         return cls(device=f"{given['device']} (measured elsewhere)", seconds=seconds, memory=memory, sizes=sizes)
 
 
@@ -219,6 +223,7 @@ def measure(settings: Settings, facts: DatasetFacts, base: BaseModel) -> Costs:
         "class_encoder steps": conditioning.seconds * s.class_encoder_batch_size + adam * encoder_numbers,
         "unet steps": tuning.seconds * s.unet_batch_size + adam * numbers,
     }
+    seconds |= file_costs()
     for whose, seeds in (("trial", s.search_classifier_seeds), ("cell", s.classifier_seeds)):
         seconds[f"{whose} images"], seconds[f"{whose} validations"] = classifier_costs(s, facts, seeds, device)
     name = (
@@ -235,6 +240,21 @@ def measure(settings: Settings, facts: DatasetFacts, base: BaseModel) -> Costs:
         },
         sizes=sizes,
     )
+
+
+def file_costs(size: int = 64 * 2**20) -> dict[str, float]:
+    """Seconds of a byte of weights: hashed and read; hashed and written to TMPDIR's disk."""
+    content = np.random.default_rng(0).bytes(size)
+    with tempfile.TemporaryDirectory() as folder:
+        file, started = Path(folder) / "weights", time.perf_counter()
+        hashlib.sha256(content).digest()
+        with file.open("wb") as opened:
+            opened.write(content)
+            os.fsync(opened.fileno())
+        written = time.perf_counter()
+        sha256_of_file(file)
+        file.read_bytes()
+        return {"bytes written": (written - started) / size, "bytes read": (time.perf_counter() - written) / size}
 
 
 def float32_copy(unet: torch.nn.Module) -> torch.nn.Module:

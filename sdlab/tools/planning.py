@@ -37,7 +37,9 @@ GB = 1e9
 # The work of a notebook: how often each operation of `measure` is made. "images" are generated (and decoded) ones; a pass is
 # one image through the UNet once; "trial images" are those that the trials' classifiers see in training, each time
 # counted, "trial validations" those that they classify; "cell ..." the same for the classifiers of cells and finalists.
+# "shown ..." are those of a notebook's own figures; bytes are weights that are hashed and loaded, or hashed and written.
 Work = Counter
+COSTS_AS = {"shown passes": "passes", "shown images": "images"}
 
 
 def workload(settings: Settings, facts: DatasetFacts, most: bool = False, pruning: bool = True) -> dict[str, Work]:
@@ -78,6 +80,35 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
         "05": scaling,
     }
+
+
+def besides(s: Settings, facts: DatasetFacts, base: BaseModel, sizes: Mapping[str, int], most: bool) -> dict[str, Work]:
+    """What notebooks 01 to 05 do besides the method: images of their figures, weights read and written.
+
+    It is minutes with Stable Diffusion 2.0, which is little in an experiment and much in a rehearsal.
+    """
+    steps, each, default = inference_steps(s, most), min(16, facts.num_classes), s.default_num_inference_steps
+    scales, scale_passes = 5, 1 + 1 + 2 + 2 + 2  # UGS 0 and 1 are one pass each
+    first, few = s.first_kept_unet_epoch, min(20, default)
+    encoder_epochs = len({1, max(1, s.class_encoder_epochs // 4), s.class_encoder_epochs})
+    unet_epochs = len({first, max(first, s.unet_epochs // 4), s.unet_epochs})
+    by_hand = s.search_first_images  # 02's trial in the open, 5 steps
+    model, unet = 4 * (sizes["unet"] + base.vae.num_parameters()), 2 * sizes["unet"]
+
+    def work(passes: float, images: float, read: float, written: float = 0) -> Work:
+        return Work({"shown passes": passes, "shown images": images, "bytes read": read, "bytes written": written})
+
+    return {
+        "01": work((scale_passes + 2 * encoder_epochs) * each * few, (scales + encoder_epochs) * each + 5 * min(10, facts.train),
+                   model, s.class_encoder_epochs * (12 * sizes["encoder"] + 4 * sizes["table"])),
+        "02": work(2 * by_hand * 5 + scale_passes * each * steps["optimum_1"], by_hand + scales * each, model),
+        "03": work(2 * (1 + unet_epochs) * each * steps["optimum_1"], (1 + unet_epochs) * each,
+                   model + 4 * sizes["unet"] + (unet_epochs + 1) * unet,
+                   s.unet_epochs * 12 * sizes["unet"] + (s.unet_epochs - first + 1) * unet),
+        "04": work((scale_passes + 2) * each * steps["optimum_2"] + 3 * each * default, (scales + 3) * each,
+                   model + (scales + 2 + s.search_2_trials + s.search_finalists) * unet),
+        "05": work(0, 0, model + unet),
+    }  # fmt: skip
 
 
 def generated(s: Settings, images: float, steps: float) -> Work:
@@ -162,13 +193,14 @@ def make_plan(
                        "exchange gradients.")  # fmt: skip
     expected, most = workload(settings, facts), workload(settings, facts, most=True)
     unpruned = workload(settings, facts, pruning=False)
+    more, more_at_most = (besides(settings, facts, base, costs.sizes, at_most) for at_most in (False, True))
     rows = {
         number: dict(
             notebook=STAGES[number].stem,
             images=round(work["images"]),
             steps=round(work["class_encoder steps"] + work["unet steps"]),
-            hours=seconds(work, costs) / 3600,
-            hours_at_most=seconds(most[number], costs) / 3600,
+            hours=seconds(work + more[number], costs) / 3600,
+            hours_at_most=seconds(most[number] + more_at_most[number], costs) / 3600,
             pruning_saves=1 - work["images"] / unpruned[number]["images"],
             disk_gb=disk(settings, facts, costs, number, work) / GB,
             memory_gb=max(costs.memory["generating"], costs.memory.get(number, 0.0)) / GB,
@@ -203,7 +235,7 @@ def share_trainings(costs: Costs, devices: int) -> Costs:
 
 
 def seconds(work: Work, costs: Costs) -> float:
-    return sum(count * costs.seconds[operation] for operation, count in work.items())
+    return sum(count * costs.seconds[COSTS_AS.get(operation, operation)] for operation, count in work.items())
 
 
 def disk(s: Settings, facts: DatasetFacts, costs: Costs, number: str, work: Work) -> float:

@@ -1,11 +1,16 @@
 """One training on 1, 2 and 3 processes: the same losses; and what happens if one of three is killed."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
+from conftest import ENVIRONMENT
 from test_training_processes import experiment, losses, new_experiment, start  # noqa: F401  (a fixture)
 
 from sdlab.errors import BadInput
@@ -42,6 +47,35 @@ def test_a_killed_process_stops_all_and_the_training_resumes(experiment, tmp_pat
                 os.kill(next(p.pid for p in trainers if p.environ()["RANK"] == "1"), signal.SIGKILL)
     assert not processes_of("sdlab.cluster.training_process")
     assert losses(start(shared, "unet")) == pytest.approx(whole, rel=1e-4)
+
+
+PARENT = """
+import json
+import sys
+from sdlab.base_models import load_base_model
+from sdlab.data.datasets import load_dataset
+from sdlab.latents import encode_training_set
+from sdlab.runs.experiment import Experiment
+from sdlab.settings import Settings
+from sdlab.training import train_class_encoder
+settings = Settings.from_mapping(json.loads(sys.argv[1]))
+experiment = Experiment(settings, load_dataset(settings), load_base_model(settings))
+for record in train_class_encoder(experiment, encode_training_set(experiment)):
+    print(record.epoch, flush=True)
+"""
+
+
+def test_no_process_outlives_a_killed_notebook(experiment, tmp_path):  # noqa: F811
+    more = dict(training_processes=2, runs_root=str(tmp_path / "killed"), class_encoder_epochs=5000)
+    settings = dataclasses.replace(experiment.settings, **more)
+    asked = json.dumps(settings.as_dict())
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, asked], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert parent.stdout.readline().strip() == "1"
+    started = psutil.Process(parent.pid).children(recursive=True)
+    assert len(started) >= 3  # torchrun and two of its own
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def processes_of(module: str) -> list[psutil.Process]:
