@@ -14,7 +14,7 @@ import torch
 
 from sdlab.data import model_files
 from sdlab.data.model_configs import check_configs, check_shapes
-from sdlab.devices import check_processes, choose_device, choose_precision
+from sdlab.devices import choose_device, choose_precision
 from sdlab.errors import BadInput, first_line
 from sdlab.schedulers import check_scheduler_name, make_scheduler, steps_in_use
 from sdlab.settings import Settings
@@ -148,9 +148,7 @@ def device_of(settings: Settings) -> torch.device:
     """The device; torch's threads are set on the way. Raises `BadInput`."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    device = choose_device(settings.device)
-    check_processes(settings.training_processes, settings.device, device)
-    return device
+    return choose_device(settings.device)
 
 
 def load_part(folder: Path, part: str, dtype: torch.dtype, source: str) -> torch.nn.Module:

@@ -194,14 +194,17 @@ def checkpoint_files(run: Experiment, config: SamplingConfig) -> list[Path]:
     return [folder / name for folder in folders for name in ("manifest.json", *checkpoint_hashes(folder))]
 
 
-load_pipeline_once = functools.lru_cache(maxsize=1)(load_pipeline)  # for all shards of a set
+@functools.lru_cache(maxsize=1)
+def load_pipeline_once(run: Experiment, config: SamplingConfig, weights: str):
+    """The pipeline for all shards of a set. A checkpoint of the same epoch that was made again has other `weights`."""
+    return load_pipeline(run, config)
 
 
 def make_shard(
     run: Experiment, config: SamplingConfig, plan: GenerationPlan, index: int, on_progress: Callable
 ) -> tuple[np.ndarray, float]:
     """The images of one shard, uint8 (shard_size, 3, h, w), and the seconds that they took. Raises `BadInput`."""
-    return make_shard_with(load_pipeline_once(run, config), plan, index, on_progress)
+    return make_shard_with(load_pipeline_once(run, config, plan.weights), plan, index, on_progress)
 
 
 def make_shard_with(pipeline, plan: GenerationPlan, index: int, on_progress: Callable) -> tuple[np.ndarray, float]:

@@ -256,7 +256,8 @@ def score_finalists(run: Run, search: Search, study: optuna.Study) -> list[dict]
 
 def export_search(study: optuna.Study, settings: Settings, space: SearchSpace, finalists: list[dict]) -> dict:
     """A finished search as plain data, which notebooks, importances and tables read."""
-    trials = study.get_trials(deepcopy=False)
+    # A database that was away may have kept a trial whose number nobody was told: it never runs.
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     complete = sum(t.state == TrialState.COMPLETE for t in trials)
     return dict(
         study=study.study_name,

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -22,9 +23,11 @@ from sdlab.runs.checkpoints import epoch_folder, save_checkpoint
 from sdlab.runs.run import Run
 from sdlab.runs.stages import STAGES
 from sdlab.sampling_config import SamplingConfig
+from sdlab.settings import Settings
 
 distributed = pytest.importorskip("distributed", reason="`make setup` installs it")
 from sdlab.cluster import dask_cluster  # noqa: E402
+from sdlab.cluster.worker import Outcome  # noqa: E402
 
 CONFIG = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, class_encoder_epoch=1)
 
@@ -216,6 +219,48 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [larger]
 
 
+def test_the_cache_leaves_what_is_not_its_own(tmp_path):
+    """$SDLAB_CACHE may name a folder that holds other things."""
+    (tmp_path / "thesis.tex").write_bytes(b"x" * 1000)
+    (tmp_path / "photos").mkdir()
+    os.utime(tmp_path / "thesis.tex", (1, 1))
+    cache = BlobCache(150, tmp_path)
+    first, second = receive_all(cache, b"a" * 100), receive_all(cache, b"b" * 100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["photos", second, "thesis.tex"]) and first
+
+
+def test_two_senders_of_one_file_do_not_meet(tmp_path):
+    cache, content = BlobCache(1e9, tmp_path), bytes(range(100))
+    name = hashlib.sha256(content).hexdigest()
+    cache.receive(name, 0, 100, content[:50], "one")
+    cache.receive(name, 0, 100, content[:10], "two")
+    cache.receive(name, 50, 100, content[50:], "one")
+    assert cache.find(name).read_bytes() == content
+    cache.receive(name, 10, 100, content[10:], "two")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_cache_too_small_for_one_task_is_refused(settings, data, base):
+    """Else each of its files would drive out another one without end."""
+    run = opened(settings, data, base, cluster="local", workers=1, cluster_cache_gb=0.1)
+    object.__setattr__(run.executor.settings, "cluster_cache_gb", 1e-6)
+    with pytest.raises(BadInput, match=r"needs .* GB of files on its worker, and `cluster_cache_gb` is 1e-06"):
+        results(run)
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"), [("2,3", ["2", "3", "2"]), ("", ["0", "1", "0"]), ("GPU-a", ["0", "1", "0"])]
+)
+def test_local_workers_get_the_gpus_that_the_driver_may_use(monkeypatch, visible, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "SpecCluster", lambda workers, **_: workers)
+    started = dask_cluster.start_local_workers(Settings(experiment="x", dataset="digits", workers=3))
+    assert [worker["options"]["env"]["CUDA_VISIBLE_DEVICES"] for worker in started.values()] == found
+    assert len(dask_cluster.start_local_workers(Settings(experiment="x", dataset="digits", device="cuda:1"))) == 1
+
+
 def test_content_that_is_not_what_its_name_says_is_refused(tmp_path):
     cache = BlobCache(1e9, tmp_path)
     with pytest.raises(BadInput, match="arrived with another content"):
@@ -245,7 +290,7 @@ def test_a_large_file_passes_through_without_being_held(settings, data, base, sc
     scheduler_pid = executor.client.run_on_scheduler(os.getpid)
     before = [largest_memory(pid) for pid in (os.getpid(), scheduler_pid)]
     for worker in executor.client.nthreads():
-        executor.send([sha256], worker)
+        executor.send(Outcome(worker, missing=(sha256,)))
     grown = [largest_memory(pid) - was for pid, was in zip((os.getpid(), scheduler_pid), before, strict=True)]
     executor.shutdown()
     run.lock.release()
@@ -302,6 +347,9 @@ def test_neither_a_cancelled_caller_nor_a_tasks_error_stops_the_workers(settings
     with pytest.raises(CancelledError):
         future.result(timeout=1)
     assert run.executor.submit(sleep_for, run, 0.0).result(timeout=60) == 0.0
+    for kind in (FileNotFoundError, KeyError, ValueError):  # not taken for a lost worker
+        with pytest.raises(kind, match="of a task"):
+            run.executor.submit(fail_with, run, kind).result(timeout=60)
     (epoch_folder(run.folder / "class_encoder", 1) / "config.json").write_text("{}")
     with pytest.raises(BadInput, match=r"is damaged: config\.json"):
         results(run)
@@ -310,3 +358,29 @@ def test_neither_a_cancelled_caller_nor_a_tasks_error_stops_the_workers(settings
 def sleep_for(run, seconds, on_progress) -> float:
     time.sleep(seconds)
     return seconds
+
+
+def fail_with(run, kind, on_progress):
+    raise kind("of a task")
+
+
+def test_a_file_on_its_way_delays_no_other_job_and_stays_while_it_is_used(settings, data, base, tmp_path):
+    run = opened(settings, data, base, cluster="local", workers=1)
+    executor, may_send = run.executor, threading.Event()
+    assert executor.submit(files_of, run).result(timeout=60) == []
+    send = executor.send
+    executor.send = lambda outcome: (may_send.wait(), send(outcome))
+    for name in "ab":
+        (run.folder / name).write_text(name)
+    first = executor.submit(files_of, run, files=[run.folder / "a"])
+    assert executor.submit(files_of, run).result(timeout=60) == [] and not first.done()
+    may_send.set()
+    assert first.result(timeout=60) == ["a"]
+    assert executor.submit(files_of, run, files=[run.folder / "b"]).result(timeout=60) == ["b"]
+    assert len({path.read_text() for path in (tmp_path / "cache").iterdir() if path.stat().st_size == 1}) == 2
+    executor.shutdown()
+    run.lock.release()
+
+
+def files_of(run, on_progress) -> list[str]:
+    return sorted(path.name for path in run.folder.iterdir()) if run.folder.exists() else []

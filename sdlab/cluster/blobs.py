@@ -6,6 +6,7 @@ longest ago go first. Workers of one machine share it.
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ ABANDONED = 3600.0  # seconds after which a half-received file is no one's
 
 def default_folder() -> Path:
     return Path(os.environ.get("SDLAB_CACHE") or "~/.cache/sdlab").expanduser()
+
+
+OWN = re.compile(r"[0-9a-f]{64}(\.\w+\.part)?")  # names of the cache's files
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,12 @@ class BlobCache:
             return None
         return self.path(sha256)
 
-    def receive(self, sha256: str, offset: int, size: int, content: bytes) -> None:
+    def receive(self, sha256: str, offset: int, size: int, content: bytes, sender: str = "") -> None:
         """Write one chunk of a file of `size` bytes; the last one completes it.
 
-        Chunks come in order. Raises `BadInput` if the file's content is not what its name says, or the disk refuses.
+        The chunks of a sender come in order; several may send the same file. Raises `BadInput` if the file's content is not what its name says, or the disk refuses.
         """
-        partial = self.folder / f"{sha256}.{os.getpid()}.part"
+        partial = self.folder / f"{sha256}.{os.getpid()}{sender}.part"
         with raise_on_write_error(partial):
             self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open("r+b" if offset else "wb") as file:
@@ -64,6 +68,8 @@ class BlobCache:
         """Remove the files that were used longest ago until the limit holds, never `but`."""
         files = []
         for path in self.folder.glob("*"):
+            if not OWN.fullmatch(path.name):  # a user's file: the folder is theirs to name
+                continue
             with contextlib.suppress(OSError):  # another worker removed it
                 stat = path.stat()
                 files.append((stat.st_mtime, stat.st_size, path))

@@ -1,7 +1,8 @@
 """Tasks on a Dask cluster. Scheduling, late workers and dead ones are Dask's; files, retries and order are decided here.
 
-One thread handles what comes back. A worker that lacks files gets them in chunks, through the scheduler but outside its
-graph of tasks, so that neither ever holds a whole one. Jobs are submitted in the order of their priority, a few at a time.
+One thread handles what comes back, one a machine sends files. A worker that lacks files gets them in chunks, through the
+scheduler but outside its graph of tasks, so that neither ever holds a whole one. Jobs are submitted in the order of their
+priority, a few at a time.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import logging
 import os
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from safetensors.numpy import save_file
 from sdlab.cluster.blobs import CHUNK, missing_files, receive
 from sdlab.data import model_files
 from sdlab.data.images import Split, TrainingImages
+from sdlab.devices import choose_device
 from sdlab.errors import BadInput, first_line
 from sdlab.paths import project_path
 from sdlab.runs.files import atomic_write, sha256_of_file
@@ -40,12 +43,13 @@ import distributed  # noqa: E402
 # A cable that is cut for less is waited for; Dask's own half a minute is too short for a switch that restarts.
 dask.config.update_defaults({"distributed": {"comm": {"timeouts": {"tcp": "10m"}}}})
 
-from sdlab.cluster.worker import SPLITS, Context, Images, Job, describe, perform  # noqa: E402
+from sdlab.cluster.worker import SPLITS, Context, Images, Job, Outcome, describe, perform, wanted_files  # noqa: E402
 
 CONNECT = 15  # seconds for the scheduler's answer
 WAIT = 300  # seconds for a first worker
 PATIENCE = 60  # seconds without a result, and without a worker, until the user is told
 ATTEMPTS = 3  # of a job whose workers were lost
+CHUNKS = 8  # on their way at a time, to all machines
 LOST = (distributed.KilledWorker, distributed.CancelledError, OSError, TimeoutError, KeyError)
 
 
@@ -68,11 +72,17 @@ class Cluster(Executor):
     def __init__(self, experiment: Any):
         settings = self.settings = experiment.settings
         self.shared = experiment.folder / "begun" / "shared"  # arrays that workers may ask for
+        self.name = uuid.uuid4().hex  # as a sender of files
         self.sources: dict[str, Path] = {}  # sha256 -> file
         self.hashes: dict[Path, str] = {}  # file -> sha256
         self.local = start_local_workers(settings) if settings.cluster == "local" else None
-        self.client = connect(settings, self.local)
-        self.environment = self.kind_of_worker()
+        try:
+            self.client = connect(settings, self.local)
+            self.environment = self.kind_of_worker()
+        except BaseException:
+            if self.local is not None:  # else a repeated cell would start more
+                self.local.close()
+            raise
         self.on_cpu, self.threads = "cuda" not in self.environment["device"], settings.cluster_threads
         self.refused: dict[str, str] = {}  # worker -> how it differs
         self.experiment = experiment
@@ -80,8 +90,9 @@ class Cluster(Executor):
         self.waiting: list[Entry] = []
         self.running: dict[str, Entry] = {}  # by Dask's key
         self.ended: queue.SimpleQueue = queue.SimpleQueue()
-        self.handler = threading.Thread(target=self.handle_all, name="cluster", daemon=True)
-        self.handler.start()
+        self.machines: dict[str, queue.SimpleQueue] = {}  # machine -> jobs whose files it lacks
+        self.chunks = threading.Semaphore(CHUNKS)
+        threading.Thread(target=self.handle_all, name="cluster", daemon=True).start()
 
     def callers(self, tasks: int) -> int:
         """How many callers of `each`, with so many tasks each, keep all workers busy."""
@@ -158,7 +169,8 @@ class Cluster(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers of this machine; leave others to their scheduler."""
-        self.ended.put(None)
+        for loop in (self.ended, *self.machines.values()):
+            loop.put(None)
         self.client.close()
         if self.local is not None:
             self.local.close()
@@ -174,7 +186,11 @@ class Cluster(Executor):
         while self.waiting and len(self.running) < room:
             entry = heapq.heappop(self.waiting)
             if entry.future.set_running_or_notify_cancel():
-                self.start(entry)
+                try:
+                    self.start(entry)
+                except Exception as error:
+                    entry.future.set_exception(error)
+                    raise
 
     def start(self, entry: Entry) -> None:
         """Submit a job to any worker, or to any that was not refused."""
@@ -188,34 +204,77 @@ class Cluster(Executor):
     def handle_all(self) -> None:
         while (future := self.ended.get()) is not None:
             with self.lock:
-                entry = self.running.pop(future.key)
-                try:
-                    if not entry.future.done():  # else it was cancelled
-                        self.handle(entry, future)
-                except BaseException as error:
-                    entry.future.set_exception(error)
-                self.start_jobs()
+                self.settle(self.running.pop(future.key), self.handle, future)
+
+    def settle(self, entry: Entry, handle: Callable, *args: Any) -> None:
+        """Whatever becomes of a job, its future is answered and there is room for the next one."""
+        try:
+            if not entry.future.done():  # else it was cancelled
+                handle(entry, *args)
+        except BaseException as error:
+            entry.future.set_exception(error)
+        try:
+            self.start_jobs()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """The scheduler cannot be asked: no job that waits for it or runs would be answered."""
+        said = f"The scheduler of `cluster: {self.settings.cluster}` was lost ({first_line(error)}): the same command resumes."
+        for entry in (*self.waiting, *self.running.values()):
+            if not entry.future.done():
+                entry.future.set_exception(BadInput(said))
+        self.waiting.clear()
 
     def handle(self, entry: Entry, future: distributed.Future) -> None:
-        """Pass a result on; send files that are missing; give a lost job, or one on another kind of worker, to another worker."""
+        """Pass a result on; have missing files sent; give a lost job, or one on another kind of worker, to another worker."""
         try:
             outcome = future.result()
-            if outcome.missing:
-                self.send(outcome.missing, outcome.worker)
         except LOST as error:
-            entry.lost += 1
-            if entry.lost == ATTEMPTS:
-                raise BadInput(
-                    f"Workers were lost {ATTEMPTS} times over the same task ({first_line(error)}): see their logs."
-                ) from None
-            self.start(entry)
+            self.start_again(entry, error)
             return
-        if outcome.differences:
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.missing:
+            self.check_room(entry.job, outcome.missing)
+            self.running[future.key] = entry  # it counts until the files are there
+            self.ask_for_files(entry, outcome)
+        elif outcome.differences:
             self.refuse(outcome.worker, outcome.differences)
-        if outcome.missing or outcome.differences:
             self.start(entry)
         else:
             entry.future.set_result(outcome.result)
+
+    def start_again(self, entry: Entry, error: Exception) -> None:
+        """Start a job whose worker was lost. Raises `BadInput` the third time; what is no loss is raised at once."""
+        if not isinstance(error, LOST):
+            raise error
+        entry.lost += 1
+        if entry.lost == ATTEMPTS:
+            raise BadInput(
+                f"Workers were lost {ATTEMPTS} times over the same task ({first_line(error)}): see their logs."
+            ) from None
+        self.start(entry)
+
+    def ask_for_files(self, entry: Entry, outcome: Outcome) -> None:
+        """The workers of a machine share a cache, so they get one file after another; a machine that is gone delays no other."""
+        machine = outcome.worker.rpartition(":")[0]
+        if machine not in self.machines:
+            self.machines[machine] = queue.SimpleQueue()
+            threading.Thread(target=self.send_all, args=(self.machines[machine],), name=machine, daemon=True).start()
+        self.machines[machine].put((entry, outcome))
+
+    def send_all(self, asked: queue.SimpleQueue) -> None:
+        """Send files to one machine, and start the jobs that lacked them."""
+        for entry, outcome in iter(asked.get, None):
+            then = (self.start,)
+            try:
+                self.send(outcome)
+            except Exception as error:
+                then = (self.start_again, error)
+            with self.lock:
+                del self.running[entry.running.key]
+                self.settle(entry, *then)
 
     def refuse(self, worker: str, differences: tuple[str, ...]) -> None:
         """Note a worker of another kind, which gets no more jobs. Raises `BadInput` if there is no other."""
@@ -266,14 +325,24 @@ class Cluster(Executor):
         arrays = dict(images=split.images, labels=split.labels)
         return Images((self.share_arrays(split.fingerprint()[:16], arrays),), len(split))
 
-    def send(self, missing: Sequence[str], worker: str) -> None:
+    def check_room(self, job: Job, missing: Sequence[str]) -> None:
+        """Raises `BadInput` if a cache that holds one of the job's files would have to drop another for it."""
+        needed = sum(self.sources[sha256].stat().st_size for sha256 in {*missing, *wanted_files(job)})
+        if needed > (limit := self.settings.cluster_cache_gb * 1e9):
+            raise BadInput(
+                f"A task needs {needed / 1e9:.3g} GB of files on its worker, and `cluster_cache_gb` is {limit / 1e9:g}: make it larger."
+            )
+
+    def send(self, outcome: Outcome) -> None:
         """Send files to a worker's cache, a chunk at a time, but what another worker of its machine has got meanwhile."""
-        limit = self.settings.cluster_cache_gb * 1e9
-        for sha256 in self.client.run(missing_files, limit, missing, workers=[worker])[worker]:
+        limit, worker = self.settings.cluster_cache_gb * 1e9, outcome.worker
+        for sha256 in self.client.run(missing_files, limit, outcome.missing, workers=[worker])[worker]:
             size = self.sources[sha256].stat().st_size
             with self.sources[sha256].open("rb") as file:
                 for offset in range(0, max(size, 1), CHUNK):
-                    self.client.run(receive, limit, sha256, offset, size, file.read(CHUNK), workers=[worker])
+                    with self.chunks:
+                        chunk = (sha256, offset, size, file.read(CHUNK), self.name)
+                        self.client.run(receive, limit, *chunk, workers=[worker])
 
     def kind_of_worker(self) -> dict[str, Any]:
         """What the first worker is, which all others have to be. Raises `BadInput`."""
@@ -315,10 +384,13 @@ def connect(settings: Settings, local: Any) -> distributed.Client:
 def start_local_workers(settings: Settings) -> distributed.SpecCluster:
     """One worker a GPU, or `workers` on a CPU. Their scheduler listens on 127.0.0.1: whoever reaches it can run code."""
     gpus = torch.cuda.device_count() if settings.device in ("auto", "cuda") and torch.cuda.is_available() else 0
-    count = settings.workers or gpus or max(1, (os.cpu_count() or 1) // settings.cluster_threads)
+    of_cpu = max(1, (os.cpu_count() or 1) // settings.cluster_threads)
+    count = settings.workers or gpus or (of_cpu if choose_device(settings.device).type == "cpu" else 1)
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpus else []
+    names = names if len(names) >= gpus and all(names) else list(map(str, range(gpus)))
     options = [dict(nthreads=1, host="127.0.0.1", memory_limit=0, dashboard_address=None) for _ in range(count)]
     for index, option in enumerate(options if gpus else ()):
-        option |= dict(env={"CUDA_VISIBLE_DEVICES": str(index % gpus)}, resources={"GPU": 1})
+        option |= dict(env={"CUDA_VISIBLE_DEVICES": names[index % gpus].strip()}, resources={"GPU": 1})
     for name, value in dict(LOGGING__DISTRIBUTED="critical", DISTRIBUTED__WORKER__PROFILE__ENABLED="False").items():
         dask.config.set({f"distributed.nanny.pre-spawn-environ.DASK_{name}": value})  # nobody reads their profiles
     scheduler = dict(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0")

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from sdlab.errors import BadInput, first_line
 from sdlab.runs.experiment import Experiment
 
@@ -29,7 +31,9 @@ def train_on_devices(run: Experiment, part: str, class_encoder_epoch: int = 0) -
     count = s.training_processes
     torchrun = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {count}".split()
     job = json.dumps(dict(settings=s.as_dict(), part=part, class_encoder_epoch=class_encoder_epoch))
-    threads = s.num_threads or max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, torch.get_num_threads() // count)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process has freed is theirs
     process = subprocess.Popen(
         [sys.executable, *torchrun, "-m", "sdlab.cluster.training_process", job], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -40,7 +44,7 @@ def train_on_devices(run: Experiment, part: str, class_encoder_epoch: int = 0) -
         bar = None
         for line in process.stdout:
             if not line.startswith(MARK):
-                tail.append(line.rstrip())
+                tail.extend([line.rstrip()] if line.strip() else [])
                 continue
             said = json.loads(line.removeprefix(MARK))
             if "error" in said:

@@ -30,8 +30,8 @@ WRITING = timedelta(hours=1)  # the others wait while the first process writes g
 
 
 def say(**words: Any) -> None:
-    """One line, written at once: lines of several processes do not mix."""
-    os.write(1, f"{MARK}{json.dumps(words)}\n".encode())
+    """One line, written at once: lines of several processes do not mix, nor with what a library left without an end."""
+    os.write(1, f"\n{MARK}{json.dumps(words)}\n".encode())
 
 
 class Said:
@@ -83,9 +83,7 @@ def train_as_one_of_many(job: dict[str, Any]) -> None:
         )
     say(process=accelerator.process_index)
     device = "cpu" if on_cpu else f"cuda:{accelerator.local_process_index}"
-    experiment = Experiment(
-        settings, load_dataset(settings), load_base_model(replace(settings, device=device, training_processes=1))
-    )
+    experiment = Experiment(settings, load_dataset(settings), load_base_model(replace(settings, device=device)))
     experiment.processes = ProcessOfMany(accelerator, settings.micro_batch_size)
     first = experiment.processes.is_first
     experiment.progress = Said if first else Silent

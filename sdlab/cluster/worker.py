@@ -68,10 +68,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result; or the files that the worker lacks; or how it is another kind of worker."""
+    """A result, or the job's own error; or the files that the worker lacks; or how it is another kind of worker."""
 
     worker: str
     result: Any = None
+    error: Exception | None = None  # of a kind that a lost worker would leave as well
     missing: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
@@ -84,8 +85,7 @@ def perform(job: Job) -> Outcome:
     if not context.settings.cluster_any_worker and (found := differences(context)):
         return Outcome(address, differences=found)
     cache = BlobCache(context.settings.cluster_cache_gb * 1e9)
-    shards = [sha256 for arg in job.args if isinstance(arg, Images) for sha256 in arg.files]
-    wanted = [context.dataset, *(sha256 for _, sha256 in job.files), *shards]
+    wanted = wanted_files(job)
     if not has_own_base(context):
         wanted += [sha256 for _, sha256 in context.base]
     if missing := missing_files(cache.limit, wanted):
@@ -94,7 +94,16 @@ def perform(job: Job) -> Outcome:
     place(job.files, experiment.folder, cache)
     args = [read_images(arg, cache) if isinstance(arg, Images) else arg for arg in job.args]
     torch.set_num_threads(job.threads)
-    return Outcome(address, job.function(experiment, *args, lambda *_: None))
+    try:
+        return Outcome(address, job.function(experiment, *args, lambda *_: None))
+    except (OSError, LookupError) as error:
+        return Outcome(address, error=error)
+
+
+def wanted_files(job: Job) -> list[str]:
+    """The files that a worker needs for a job, besides the base model."""
+    shards = [sha256 for arg in job.args if isinstance(arg, Images) for sha256 in arg.files]
+    return [job.context.dataset, *(sha256 for _, sha256 in job.files), *shards]
 
 
 # ---------------------------------------------------------------------------------------------- kinds of workers
@@ -142,8 +151,11 @@ def rebuild(context: Context, cache: BlobCache) -> Experiment:
     """The experiment of a context, in a folder of this worker's own."""
     from sdlab.base_models import load_base_model
 
-    folder = Path(get_worker().local_directory) / f"sdlab-{context.key}"
-    settings = replace(context.settings, cluster="none", training_processes=1, runs_root=str(folder / "runs"))
+    own = Path(get_worker().local_directory)
+    for former in own.glob("sdlab-*"):  # of another stage: its files would outlast the cache's limit
+        shutil.rmtree(former)
+    folder = own / f"sdlab-{context.key}"
+    settings = replace(context.settings, cluster="none", runs_root=str(folder / "runs"))
     if not has_own_base(context):
         place(context.base, folder / "base", cache)
         settings = replace(settings, base_model=str(folder / "base"))
@@ -157,7 +169,11 @@ placed: dict[Path, str] = {}  # file of this process -> sha256: a checkpoint of 
 
 
 def place(files: Files, folder: Path, cache: BlobCache) -> None:
-    """Put files from the cache where the package expects them. Linked, or copied to another disk: the cache may drop its own."""
+    """Put files from the cache where the package expects them, and no others. Linked, or copied to another disk."""
+    wanted = {folder / name for name, _ in files}
+    for path in [path for path in placed if path.is_relative_to(folder) and path not in wanted]:
+        path.unlink(missing_ok=True)
+        del placed[path]
     for name, sha256 in files:
         path = folder / name
         if placed.get(path) == sha256 and path.exists():

@@ -69,6 +69,10 @@ class Run(Experiment):
         self.check_inputs()
         if settings.storage and state.state != State.DONE and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
+        if base is not None and state.state != State.DONE and self.stage.number in ("01", "03"):  # they train
+            from sdlab.devices import check_processes  # imports torch
+
+            check_processes(settings.training_processes, settings.device, base.device)
         self.started, self.lock = time.monotonic(), None
         self.finished = state.state == State.DONE or not self.begin()
         self.progress = functools.partial(Progress, None if self.finished else self.folder / "progress.json")
