@@ -1,11 +1,13 @@
 """Work in threads: in order, torch's threads shared and given back, one failure ends the others."""
 
 import threading
-from concurrent.futures import CancelledError
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 import torch
 
+from sdlab.cluster.executors import InThisProcess
 from sdlab.threads import map_in_threads
 
 
@@ -47,3 +49,26 @@ def test_a_failure_ends_the_others(four_threads, failing):
     with pytest.raises(ValueError, match="out of memory"):
         map_in_threads(work, range(5), 2)
     assert ended == [1 - failing] and torch.get_num_threads() == 4
+
+
+def test_a_cancelled_caller_stops_at_its_next_step_and_the_next_one_works():
+    """A trial failed while another one of the same search makes its set."""
+    executor, stepped = InThisProcess("cpu"), threading.Event()
+
+    def endless(experiment, call, on_progress):
+        while True:
+            on_progress(1)
+            stepped.set()
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(executor.each, endless, None, [(1,)], None, lambda n: None) for _ in range(2)]
+        assert stepped.wait(10)  # one runs
+        time.sleep(0.2)  # and one waits for its turn
+        executor.cancel()
+        for caller in callers:
+            with pytest.raises(CancelledError):
+                caller.result(timeout=10)
+    found = []
+    executor.each(lambda _, n, __: n + 1, None, [(1,), (2,)], lambda call, result: found.append(result), lambda n: None)
+    assert found == [2, 3]

@@ -104,6 +104,7 @@ def test_two_processes_train_as_one_and_resume_what_one_began(experiment, tmp_pa
         list(start(cut, "unet"))
     resumed = new_experiment(cut.settings, training_processes=2)
     assert losses(start(resumed, "unet")) == pytest.approx(whole, rel=1e-4)
+    assert resumed.peak_memory > 1e8  # of its processes, for the stage's record
     assert losses(start(resumed, "unet")) == pytest.approx(whole, rel=1e-4)  # finished: read, without processes
 
 

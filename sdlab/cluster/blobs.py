@@ -48,7 +48,8 @@ class BlobCache:
     def receive(self, sha256: str, offset: int, size: int, content: bytes, sender: str = "") -> None:
         """Write one chunk of a file of `size` bytes; the last one completes it.
 
-        The chunks of a sender come in order; several may send the same file. Raises `BadInput` if the file's content is not what its name says, or the disk refuses.
+        The chunks of a sender come in order; several may send the same file. Raises `BadInput` if the file's content is not
+        what its name says, or the disk refuses.
         """
         partial = self.folder / f"{sha256}.{os.getpid()}{sender}.part"
         with raise_on_write_error(partial):

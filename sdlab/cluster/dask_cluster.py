@@ -330,7 +330,8 @@ class Cluster(Executor):
         needed = sum(self.sources[sha256].stat().st_size for sha256 in {*missing, *wanted_files(job)})
         if needed > (limit := self.settings.cluster_cache_gb * 1e9):
             raise BadInput(
-                f"A task needs {needed / 1e9:.3g} GB of files on its worker, and `cluster_cache_gb` is {limit / 1e9:g}: make it larger."
+                f"A task needs {needed / 1e9:.3g} GB of files on its worker, and `cluster_cache_gb` is {limit / 1e9:g}: make it "
+                "larger."
             )
 
     def send(self, outcome: Outcome) -> None:

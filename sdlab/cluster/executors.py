@@ -6,7 +6,7 @@ equal number of threads it returns the same bytes everywhere. Only the caller wr
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class InThisProcess(Executor):
     alone = threading.RLock()
 
     def __init__(self, device: str = "auto"):
-        self.device = device
+        self.device, self.cancelled = device, threading.Event()
 
     @property
     def threads(self) -> int:
@@ -43,7 +43,9 @@ class InThisProcess(Executor):
         return future
 
     def cancel(self) -> None:
-        """Nothing waits here: a task ends with its thread."""
+        """Callers that run or wait get `CancelledError` at their task's next step."""
+        self.cancelled.set()
+        self.cancelled = threading.Event()  # later callers are not meant
 
     def each(
         self,
@@ -56,14 +58,20 @@ class InThisProcess(Executor):
         **_: Any,
     ) -> None:
         """`finished(call, function(experiment, *call, on_progress))` for each call, `at_a_time` in threads."""
-        counting = threading.Lock()
+        counting, cancelled = threading.Lock(), self.cancelled
 
         def run_task(call: tuple, check_cancelled: Callable[[], None]) -> None:
-            def progressed(n: int = 1) -> None:
+            def check() -> None:
                 check_cancelled()
+                if cancelled.is_set():
+                    raise CancelledError
+
+            def progressed(n: int = 1) -> None:
+                check()
                 with counting:
                     on_progress(n)
 
+            check()
             finished(call, function(experiment, *call, progressed))
 
         with self.alone:  # trials that run at a time take turns

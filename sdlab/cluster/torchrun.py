@@ -51,6 +51,8 @@ def train_on_devices(run: Experiment, part: str, class_encoder_epoch: int = 0) -
                 raise BadInput(said["error"])
             if "process" in said:
                 started.add(said["process"])
+            elif "memory" in said:
+                run.peak_memory = max(run.peak_memory, said["memory"])
             elif "total" in said:
                 bar = stack.enter_context(run.progress(**said))
             elif "steps" in said:

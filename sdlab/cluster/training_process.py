@@ -23,6 +23,7 @@ from sdlab.devices import choose_device
 from sdlab.errors import BadInput
 from sdlab.latents import encode_training_set
 from sdlab.runs.experiment import Experiment
+from sdlab.runs.run import peak_memory
 from sdlab.settings import Settings
 from sdlab.training import fine_tune_unet, train_class_encoder
 
@@ -95,6 +96,7 @@ def train_as_one_of_many(job: dict[str, Any]) -> None:
     for record in records:
         if first:
             say(**asdict(record))
+    say(memory=peak_memory())
     accelerator.end_training()
 
 

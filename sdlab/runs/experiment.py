@@ -18,6 +18,7 @@ class Experiment:
 
     progress = staticmethod(tqdm)
     work_folder: Path | None = None  # cache of an unfinished stage
+    peak_memory = 0  # bytes that a training's processes have held, each at most
 
     @functools.cached_property
     def executor(self) -> Executor:

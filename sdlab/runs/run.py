@@ -183,7 +183,9 @@ class Run(Experiment):
         }
         self.record.side_outputs = self.side_outputs()
         self.record.finished = records.now()
-        self.record.measured = dict(folder_bytes=folder_size(self.folder), peak_memory_bytes=peak_memory())
+        self.record.measured = dict(
+            folder_bytes=folder_size(self.folder), peak_memory_bytes=max(peak_memory(), self.peak_memory)
+        )
         self.record.seconds += round(time.monotonic() - self.started, 1)
         shutil.rmtree(self.work_folder, ignore_errors=True)  # all of it is part of the results now
         records.write_record(self.settings, self.record)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import psutil
 import pytest
 from conftest import ENVIRONMENT
+from test_training import DiesAt, Killed
 from test_training_processes import experiment, losses, new_experiment, start  # noqa: F401  (a fixture)
 
 from sdlab.errors import BadInput
@@ -35,6 +37,30 @@ def test_fifty_steps_on_one_two_and_three_processes(experiment, tmp_path, part):
     furthest = {count: max(abs(a / b - 1) for a, b in zip(found[count], found[1], strict=True)) for count in (2, 3)}
     print(f"{part}: largest relative difference of a loss, by processes: {furthest}")
     assert len(found[1]) == 50 and max(furthest.values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("images", "count", "micro_batch_size"), [(64, 2, 13), (2, 3, 0)], ids=["parts", "fewer images than processes"]
+)
+def test_parts_and_processes_without_rows(experiment, tmp_path, images, count, micro_batch_size):  # noqa: F811
+    """In a real group: gradients are exchanged once a batch, and a process without rows takes part."""
+    settings = dataclasses.replace(experiment.settings, unet_batch_size=images, unet_epochs=3)
+    whole = losses(start(new_experiment(settings, runs_root=str(tmp_path / "one")), "unet"))
+    more = dict(runs_root=str(tmp_path / "many"), training_processes=count, micro_batch_size=micro_batch_size)
+    assert losses(start(new_experiment(settings, **more), "unet")) == pytest.approx(whole, rel=1e-4)
+
+
+def test_two_processes_resume_the_middle_of_an_epoch(experiment, tmp_path):  # noqa: F811
+    """From the state of one process, which was stopped at the third of an epoch's eight steps."""
+    settings = dataclasses.replace(experiment.settings, unet_batch_size=8, unet_epochs=2, resume_minutes=0.0)
+    whole = losses(start(new_experiment(settings, runs_root=str(tmp_path / "whole")), "unet"))
+    cut = new_experiment(settings, runs_root=str(tmp_path / "cut"))
+    cut.progress = DiesAt(11)
+    with pytest.raises(Killed):
+        list(start(cut, "unet"))
+    resumed, began = new_experiment(cut.settings, training_processes=2), []
+    resumed.progress = lambda initial, **_: began.append(initial) or DiesAt(math.inf)
+    assert losses(start(resumed, "unet")) == pytest.approx(whole, rel=1e-4) and began == [10]
 
 
 def test_a_killed_process_stops_all_and_the_training_resumes(experiment, tmp_path):  # noqa: F811
