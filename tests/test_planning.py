@@ -118,7 +118,7 @@ def test_memory_is_a_line_and_time_that_of_the_larger_batch():
 
     found = time_batches(work, 500, torch.device("cpu"))
     assert found.bytes(500) == pytest.approx(100e6 + 500 * 4e6, rel=0.35)
-    assert found.seconds < 0.04  # 0.21 at a batch of one
+    assert found.seconds < 0.1  # 0.21 at a batch of one
 
 
 def test_a_device_without_room_for_one_image_is_refused():

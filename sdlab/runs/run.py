@@ -69,7 +69,7 @@ class Run(Experiment):
         self.check_inputs()
         if settings.storage and state.state != State.DONE and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
-        if base is not None and state.state != State.DONE and self.stage.number in ("01", "03"):  # they train
+        if settings.training_processes > 1 and state.state != State.DONE and self.stage.number in ("01", "03"):
             from sdlab.devices import check_processes  # imports torch
 
             check_processes(settings.training_processes, settings.device, base.device)
