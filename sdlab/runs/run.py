@@ -69,7 +69,8 @@ class Run(Experiment):
         self.check_inputs()
         if settings.storage and state.state != State.DONE and self.stage.number <= "04":  # long before the first search
             check_storage(settings)
-        if settings.training_processes > 1 and state.state != State.DONE and self.stage.number in ("01", "03"):
+        trains = state.state != State.DONE and self.stage.number in ("01", "03")
+        if trains and base is not None and settings.training_processes > 1:
             from sdlab.devices import check_processes  # imports torch
 
             check_processes(settings.training_processes, settings.device, base.device)
