@@ -3,8 +3,8 @@
     .venv/bin/python scripts/rehearse.py cifar10
     .venv/bin/python scripts/rehearse.py retinamnist --official data
 
-The weights are random and the images are made, in the formats of the true files; `--official FOLDER` takes the official
-file from there. The parameter file is the experiment's own, at smoke depth (`DEPTH`). Prints time, memory and disk of
+The weights are random and the images are made, in the formats of the true files. `--official FOLDER` reads and checks
+the official file there, and takes as many of its images, the classes in turn. The parameter file is the experiment's own, at smoke depth (`DEPTH`). Prints time, memory and disk of
 each notebook, and what `sdlab plan` said before. Everything goes to runs/rehearsal/; about 20 GB, 20 GiB of memory.
 """
 
@@ -21,7 +21,10 @@ import click
 import pandas as pd
 import torch
 
+from sdlab.data.datasets import load_dataset
+from sdlab.data.images import ImageDataset
 from sdlab.data.model_files import SHAPES
+from sdlab.data.named_datasets import CIFAR_FACTS
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.parameters import parameter_file
 from sdlab.runs.records import read_record
@@ -71,7 +74,7 @@ def write_base_model(folder: Path) -> None:
     partial.rename(folder)
 
 
-def write_made_data(name: str, folder: Path) -> dict[str, str]:
+def write_made_data(name: str, folder: Path, official: ImageDataset | None) -> dict[str, str]:
     """Images in the official format below `folder`; the environment in which Python takes them for the official ones."""
     sys.path.insert(0, str(PROJECT_ROOT / "tests"))
     from make_data import CLASSES, write_cifar, write_medmnist
@@ -83,7 +86,7 @@ def write_made_data(name: str, folder: Path) -> dict[str, str]:
         attributes = {key: getattr(kind, key) for key in ("train_list", "test_list", "meta", "tgz_md5")}
         made |= {"class": kind.__name__, "attributes": attributes, "counts": counts, "classes": CLASSES[name]}
     else:
-        made["info"] = write_medmnist(folder, name, (TRAIN, VAL, TEST))
+        made["info"] = write_medmnist(folder, name, (TRAIN, VAL, TEST), official.splits if official else None)
     (folder / "python").mkdir()
     (folder / "python" / "made.json").write_text(json.dumps(made))
     (folder / "python" / "sitecustomize.py").write_text(MADE_IS_OFFICIAL)
@@ -103,24 +106,26 @@ def sdlab(environment: dict[str, str], *arguments: object) -> subprocess.Complet
 @click.option("-p", "more", nargs=2, multiple=True, metavar="NAME VALUE", help="Another setting.")
 def main(experiment: str, official: Path | None, folder: Path, more: tuple[tuple[str, str], ...]) -> None:
     """Rehearse an experiment of the paper at Stable Diffusion 2.0's true size, at smoke depth."""
+    settings = Settings.from_file(parameter_file(experiment))
+    if official and settings.dataset in CIFAR_FACTS:
+        raise click.UsageError("--official knows MedMNIST's files only: leave it out, and the images are made.")
+    real = load_dataset(replace(settings, data_root=str(official))) if official else None
     folder.mkdir(parents=True, exist_ok=True)
     given = dict(
         DEPTH, base_model=folder / "stable-diffusion-2-base", runs_root=folder / "runs", reports_root=folder / "reports"
     )
-    dataset, environment = Settings.from_file(parameter_file(experiment)).dataset, {}
-    given["data_root"] = official or folder / f"data-{dataset}"
+    given["data_root"] = folder / f"data-{settings.dataset}"
     given |= dict(more)
     if given["base_model"] == folder / "stable-diffusion-2-base" and not given["base_model"].exists():
         write_base_model(given["base_model"])
-    if official is None:
-        environment = write_made_data(dataset, given["data_root"])
+    environment = write_made_data(settings.dataset, given["data_root"], real)
     shutil.rmtree(folder / "runs" / experiment, ignore_errors=True)
     parameters = [word for name, value in given.items() for word in ("-p", name, value)]
     sdlab(environment, "plan", experiment, *parameters)
     started = time.monotonic()
     sdlab(environment, "run", experiment, *parameters)
     print(f"{experiment}: {time.monotonic() - started:.0f} s from 00 to 07")
-    settings = replace(Settings.from_file(parameter_file(experiment)), runs_root=str(given["runs_root"]))
+    settings = replace(settings, runs_root=str(given["runs_root"]))
     planned = json.loads((settings.run_folder / "metrics" / "plan.json").read_text())["rows"]
     rows, before = [], 0
     for number in STAGES:

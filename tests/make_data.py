@@ -48,8 +48,11 @@ def write_cifar(root: Path, name: str, per_batch: int = 40):
     return type(official.__name__, (official,), dict(lists, meta=meta, tgz_md5=md5(archive)))
 
 
-def write_medmnist(root: Path, name: str, counts=(60, 20, 30)) -> dict:
-    """`name`.npz below `root`; medmnist's own entry with the MD5 and counts of this file."""
+def write_medmnist(root: Path, name: str, counts=(60, 20, 30), official: dict | None = None) -> dict:
+    """`name`.npz below `root`; medmnist's own entry with the MD5 and counts of this file.
+
+    The images are made, or the first ones of each class of the `official` splits, the classes in turn.
+    """
     from sdlab.data.named_datasets import medmnist_table
 
     info = dict(medmnist_table()[name])
@@ -57,7 +60,13 @@ def write_medmnist(root: Path, name: str, counts=(60, 20, 30)) -> dict:
     arrays = {}
     for seed, (split, count) in enumerate(zip(("train", "val", "test"), counts, strict=True)):
         labels = np.arange(count) % len(info["label"])
-        arrays[f"{split}_images"] = pictures(labels, 28, seed)
+        images = pictures(labels, 28, seed)
+        if official:
+            kept = official[split].labels
+            earlier = [np.count_nonzero(kept[:place] == label) for place, label in enumerate(kept)]  # of the same class
+            chosen = np.lexsort((kept, earlier))[:count]
+            images, labels = official[split].images[chosen].transpose(0, 2, 3, 1), kept[chosen]
+        arrays[f"{split}_images"] = images
         arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
     np.savez_compressed(root / f"{name}.npz", **arrays)
     return info | dict(
