@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,8 +245,33 @@ def test_a_cache_too_small_for_one_task_is_refused(settings, data, base):
     """Else each of its files would drive out another one without end."""
     run = opened(settings, data, base, cluster="local", workers=1, cluster_cache_gb=0.1)
     object.__setattr__(run.executor.settings, "cluster_cache_gb", 1e-6)
-    with pytest.raises(BadInput, match=r"needs .* GB of files on its worker, and `cluster_cache_gb` is 1e-06"):
+    with pytest.raises(BadInput, match=r"needs .* GB of files at once .* make `cluster_cache_gb` \(1e-06\) larger"):
         results(run)
+
+
+def test_files_that_never_stay_are_not_sent_without_end(settings, data, base):
+    run = opened(settings, data, base, cluster="local", workers=1)
+    run.executor.send = lambda outcome: None
+    with pytest.raises(BadInput, match="they drive each other out of the cache"):
+        results(run)
+
+
+def test_a_result_that_dask_waits_for_stops_nobody(settings, data, base):
+    """Its worker was lost after it had finished: Dask makes it again before it answers."""
+    run = opened(settings, data, base, cluster="local", workers=1)
+    executor, may_answer = run.executor, threading.Event()
+    answer = SimpleNamespace(key="slow", result=lambda: may_answer.wait(60) and Outcome("", result="at last"))
+    entry = dask_cluster.Entry(0, -1, None, running=answer)
+    executor.running["slow"] = entry
+    executor.ended.put(answer)
+    started = time.monotonic()
+    other = executor.submit(sleep_for, run, 0.0)  # would wait for the lock
+    executor.look_for_workers()
+    assert time.monotonic() - started < 10 and not other.done()
+    may_answer.set()
+    assert (entry.future.result(timeout=60), other.result(timeout=60)) == ("at last", 0.0)
+    executor.shutdown()
+    run.lock.release()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from sdlab.data.images import Split, TrainingImages
 from sdlab.devices import choose_device
 from sdlab.errors import BadInput, first_line
 from sdlab.paths import project_path
-from sdlab.runs.files import atomic_write, sha256_of_file
+from sdlab.runs.files import atomic_write, raise_on_read_error, sha256_of_file
 from sdlab.settings import Settings
 
 QUIET = {"logging.distributed": "critical", "logging.tornado": "critical"}
@@ -49,6 +49,7 @@ CONNECT = 15  # seconds for the scheduler's answer
 WAIT = 300  # seconds for a first worker
 PATIENCE = 60  # seconds without a result, and without a worker, until the user is told
 ATTEMPTS = 3  # of a job whose workers were lost
+SENDINGS = 8  # of a job's files, until they are taken to drive each other out of the worker's cache
 CHUNKS = 8  # on their way at a time, to all machines
 LOST = (distributed.KilledWorker, distributed.CancelledError, OSError, TimeoutError, KeyError)
 
@@ -62,6 +63,7 @@ class Entry:
     job: Job = field(compare=False)
     future: Future = field(compare=False, default_factory=Future)
     lost: int = field(compare=False, default=0)  # times
+    sent: int = field(compare=False, default=0)  # times
     running: distributed.Future | None = field(compare=False, default=None)
     allowed: list[str] | None = field(compare=False, default=None)  # the workers that it may run on; None: any
 
@@ -147,8 +149,9 @@ class Cluster(Executor):
                     finished(pending.pop(future), future.result())
                     on_progress(steps)
         finally:
-            for future in pending:
-                future.cancel()
+            with self.lock:  # else one could be answered in between
+                for future in pending:
+                    future.cancel()
 
     def look_for_workers(self) -> None:
         """Say that there is none. Give jobs whose workers are all gone to those that came after."""
@@ -203,8 +206,14 @@ class Cluster(Executor):
 
     def handle_all(self) -> None:
         while (future := self.ended.get()) is not None:
+            try:
+                outcome = (
+                    future.result()
+                )  # without the lock: if the worker is gone, Dask waits until another one is through
+            except Exception as error:
+                outcome = error
             with self.lock:
-                self.settle(self.running.pop(future.key), self.handle, future)
+                self.settle(self.running.pop(future.key), self.handle, outcome)
 
     def settle(self, entry: Entry, handle: Callable, *args: Any) -> None:
         """Whatever becomes of a job, its future is answered and there is room for the next one."""
@@ -226,18 +235,15 @@ class Cluster(Executor):
                 entry.future.set_exception(BadInput(said))
         self.waiting.clear()
 
-    def handle(self, entry: Entry, future: distributed.Future) -> None:
+    def handle(self, entry: Entry, outcome: Outcome | Exception) -> None:
         """Pass a result on; have missing files sent; give a lost job, or one on another kind of worker, to another worker."""
-        try:
-            outcome = future.result()
-        except LOST as error:
-            self.start_again(entry, error)
-            return
-        if outcome.error is not None:
+        if isinstance(outcome, Exception):
+            self.start_again(entry, outcome)
+        elif outcome.error is not None:
             raise outcome.error
-        if outcome.missing:
-            self.check_room(entry.job, outcome.missing)
-            self.running[future.key] = entry  # it counts until the files are there
+        elif outcome.missing:
+            self.check_room(entry, outcome.missing)
+            self.running[entry.running.key] = entry  # it counts until the files are there
             self.ask_for_files(entry, outcome)
         elif outcome.differences:
             self.refuse(outcome.worker, outcome.differences)
@@ -325,25 +331,28 @@ class Cluster(Executor):
         arrays = dict(images=split.images, labels=split.labels)
         return Images((self.share_arrays(split.fingerprint()[:16], arrays),), len(split))
 
-    def check_room(self, job: Job, missing: Sequence[str]) -> None:
-        """Raises `BadInput` if a cache that holds one of the job's files would have to drop another for it."""
-        needed = sum(self.sources[sha256].stat().st_size for sha256 in {*missing, *wanted_files(job)})
-        if needed > (limit := self.settings.cluster_cache_gb * 1e9):
+    def check_room(self, entry: Entry, missing: Sequence[str]) -> None:
+        """Raises `BadInput` if a cache that holds one of the job's files has to drop another for it."""
+        entry.sent += 1
+        needed = sum(self.sources[sha256].stat().st_size for sha256 in {*missing, *wanted_files(entry.job)})
+        if needed > self.settings.cluster_cache_gb * 1e9 or entry.sent > SENDINGS:
             raise BadInput(
-                f"A task needs {needed / 1e9:.3g} GB of files on its worker, and `cluster_cache_gb` is {limit / 1e9:g}: make it "
-                "larger."
+                f"A task needs {needed / 1e9:.3g} GB of files at once on its worker, where they drive each other out of the "
+                f"cache: make `cluster_cache_gb` ({self.settings.cluster_cache_gb:g}) larger."
             )
 
     def send(self, outcome: Outcome) -> None:
         """Send files to a worker's cache, a chunk at a time, but what another worker of its machine has got meanwhile."""
         limit, worker = self.settings.cluster_cache_gb * 1e9, outcome.worker
+        sender = self.name + "".join(filter(str.isalnum, worker))  # machines may share a disk
         for sha256 in self.client.run(missing_files, limit, outcome.missing, workers=[worker])[worker]:
-            size = self.sources[sha256].stat().st_size
-            with self.sources[sha256].open("rb") as file:
-                for offset in range(0, max(size, 1), CHUNK):
-                    with self.chunks:
-                        chunk = (sha256, offset, size, file.read(CHUNK), self.name)
-                        self.client.run(receive, limit, *chunk, workers=[worker])
+            path = self.sources[sha256]
+            with raise_on_read_error(path):
+                size = path.stat().st_size
+            for offset in range(0, max(size, 1), CHUNK):
+                with self.chunks:
+                    chunk = (sha256, offset, size, read_chunk(path, offset), sender)
+                    self.client.run(receive, limit, *chunk, workers=[worker])
 
     def kind_of_worker(self) -> dict[str, Any]:
         """What the first worker is, which all others have to be. Raises `BadInput`."""
@@ -353,12 +362,23 @@ class Cluster(Executor):
         try:
             worker, kind = asked.result(timeout=WAIT)
         except TimeoutError:
-            raise BadInput(f"No worker joined {self.settings.cluster} within {WAIT} s: start one with {how}.") from None
+            busy = (
+                f"The workers of {self.settings.cluster} have been busy for {WAIT} s: wait, or start more with {how}."
+            )
+            none = f"No worker joined {self.settings.cluster} within {WAIT} s: start one with {how}."
+            raise BadInput(busy if self.client.nthreads() else none) from None
         except Exception as error:
             raise BadInput(f"A worker of {self.settings.cluster} cannot be used: {first_line(error)}") from None
         if kind["tasks at a time"] != 1:
             raise BadInput(f"The worker {worker} does {kind['tasks at a time']} tasks at a time: start it with {how}.")
         return kind
+
+
+def read_chunk(path: Path, offset: int) -> bytes:
+    """Raises `BadInput`: what this machine cannot read is no fault of a worker."""
+    with raise_on_read_error(path), path.open("rb") as file:
+        file.seek(offset)
+        return file.read(CHUNK)
 
 
 def connect(settings: Settings, local: Any) -> distributed.Client:

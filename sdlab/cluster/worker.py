@@ -82,7 +82,7 @@ def perform(job: Job) -> Outcome:
     import torch
 
     context, address = job.context, get_worker().address
-    if not context.settings.cluster_any_worker and (found := differences(context)):
+    if found := differences(context):
         return Outcome(address, differences=found)
     cache = BlobCache(context.settings.cluster_cache_gb * 1e9)
     wanted = wanted_files(job)
@@ -90,9 +90,12 @@ def perform(job: Job) -> Outcome:
         wanted += [sha256 for _, sha256 in context.base]
     if missing := missing_files(cache.limit, wanted):
         return Outcome(address, missing=missing)
-    experiment = rebuild(context, cache)
-    place(job.files, experiment.folder, cache)
-    args = [read_images(arg, cache) if isinstance(arg, Images) else arg for arg in job.args]
+    try:
+        experiment = rebuild(context, cache)
+        place(job.files, experiment.folder, cache)
+        args = [read_images(arg, cache) if isinstance(arg, Images) else arg for arg in job.args]
+    except FileNotFoundError:  # another worker of this machine needed the room meanwhile
+        return Outcome(address, missing=missing_files(cache.limit, wanted) or tuple(wanted))
     torch.set_num_threads(job.threads)
     try:
         return Outcome(address, job.function(experiment, *args, lambda *_: None))
@@ -125,11 +128,13 @@ def kind_of_machine(device: str) -> dict[str, Any]:
 
 
 def differences(context: Context) -> tuple[str, ...]:
+    """How this worker is another kind than the first; with `cluster_any_worker`, only in what would break its tasks."""
     _, here = describe(context.settings.device)
+    names = {"tasks at a time"} if context.settings.cluster_any_worker else {name for name, _ in context.environment}
     return tuple(
         f"{name} {here.get(name)} instead of {wanted}"
         for name, wanted in context.environment
-        if here.get(name) != wanted
+        if name in names and here.get(name) != wanted
     )
 
 
@@ -153,7 +158,7 @@ def rebuild(context: Context, cache: BlobCache) -> Experiment:
 
     own = Path(get_worker().local_directory)
     for former in own.glob("sdlab-*"):  # of another stage: its files would outlast the cache's limit
-        shutil.rmtree(former)
+        shutil.rmtree(former, ignore_errors=True)
     folder = own / f"sdlab-{context.key}"
     settings = replace(context.settings, cluster="none", runs_root=str(folder / "runs"))
     if not has_own_base(context):
@@ -169,9 +174,9 @@ placed: dict[Path, str] = {}  # file of this process -> sha256: a checkpoint of 
 
 
 def place(files: Files, folder: Path, cache: BlobCache) -> None:
-    """Put files from the cache where the package expects them, and no others. Linked, or copied to another disk."""
+    """Put files from the cache where the package expects them, instead of earlier ones. Linked, or copied to another disk."""
     wanted = {folder / name for name, _ in files}
-    for path in [path for path in placed if path.is_relative_to(folder) and path not in wanted]:
+    for path in [path for path in placed if wanted and path.is_relative_to(folder) and path not in wanted]:
         path.unlink(missing_ok=True)
         del placed[path]
     for name, sha256 in files:
