@@ -5,14 +5,18 @@
 the Classification Accuracy Score of Ravuri and Vinyals 2019 (docs/method.md, item 22). `metrics.py` has all metrics.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from sdlab.classifier import ClassifierRecipe, predict, train_classifier
 from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_labels
+from sdlab.latents import round_trip_training_set
 from sdlab.metrics import METRICS, Score, score_predictions, summarize
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
@@ -80,13 +84,67 @@ def deciding_split(protocol: str) -> str:
     return {"sealed": "val", "paper": "test"}[protocol]
 
 
+# ------------------------------------------------------------------------------------------- what the VAE costs
+
+
+def score_ceiling(run: Run) -> dict | None:
+    """What the base model's VAE costs, before anything is generated: saved in `metrics/ceiling.json`.
+
+    Classifiers trained on round trips of the real training images through the VAE, next to classifiers trained on the real
+    ones, in pairs that share a seed, on the deciding split. Nothing that the UNet learns can win back what the VAE loses.
+    A finished stage shows what it has measured: None if that was nothing.
+    """
+    path, settings = run.metrics_path("ceiling"), run.settings
+    recipe, split = asdict(ClassifierRecipe.from_settings(settings)), deciding_split(settings.protocol)
+    if path.exists() and (run.finished or read_json(path)["recipe"] == recipe):
+        return read_json(path)
+    if run.finished:
+        return None
+    drawn, seeds = round_trip_training_set(run), classifier_seeds(run)
+    if split == "test":
+        run.record_test_reading(
+            f"what the VAE costs: {2 * len(seeds)} classifiers; the paper's protocol reads the test set"
+        )
+    of_real, of_drawn = (
+        train_and_score_classifiers(run, train, seeds, [split], title)[split]
+        for train, title in ((run.data.train, "real"), (drawn, "round trips"))
+    )
+    costs = [real.accuracy - less.accuracy for real, less in zip(of_real, of_drawn, strict=True)]
+    deviation = float(np.std(costs, ddof=1)) if len(costs) > 1 else None
+    error = np.abs(drawn.images.astype(np.int16) - run.data.train.images).mean()
+    return run.save_metrics(
+        "ceiling",
+        dict(
+            split=split,
+            real=summarize(of_real),
+            round_trips=summarize(of_drawn),
+            cost=float(np.mean(costs)),
+            standard_error=None if deviation is None else deviation / math.sqrt(len(costs)),
+            error=float(error),
+            recipe=recipe,
+        ),
+    )
+
+
+def score_round_trips(run: Run) -> dict | None:
+    """The round trips' accuracy on test images: a cell next to those of Table 2. None if a finished stage has none."""
+    path = run.metrics_path("round_trips")
+    if path.exists() or run.finished:
+        return read_json(path) if path.exists() else None
+    return score_training_set(run, round_trip_training_set(run), "round_trips", "round trips through the VAE")
+
+
 # ----------------------------------------------------------------------------------------- cells of the tables
+
+
+def classifier_seeds(run: Experiment) -> list[int]:
+    """Those of every cell, so that cells can be compared in pairs."""
+    return [derive_seed(run.settings.seed, "classifier", i) for i in range(run.settings.classifier_seeds)]
 
 
 def score_training_set(run: Run, train: Split, name: str, title: str, priority: int = 0, **more: Any) -> dict:
     """A cell of a table: several classifiers on one training set, scored on the test set; saved in `metrics/<name>.json`."""
-    settings = run.settings
-    seeds = [derive_seed(settings.seed, "classifier", i) for i in range(settings.classifier_seeds)]
+    seeds = classifier_seeds(run)
     run.record_test_reading(f"{title}: {len(seeds)} classifiers")
     scores = train_and_score_classifiers(run, train, seeds, ("val", "test"), title, priority=priority)
     cell = dict(title=title, images=len(train), **more, val=summarize(scores["val"]), test=summarize(scores["test"]))

@@ -1,4 +1,7 @@
-"""Images -> posterior moments of the VAE, computed once and cached: an epoch samples from them instead of encoding."""
+"""Images -> posterior moments of the VAE, computed once and cached: an epoch samples from them instead of encoding.
+
+And images -> VAE -> images: what is lost on the way can be won back by no training that follows.
+"""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +17,7 @@ from sdlab.base_models import BaseModel
 from sdlab.cluster.executors import InThisProcess
 from sdlab.data.images import Split, TrainingImages
 from sdlab.data.npz import read_arrays
-from sdlab.data.pixels import to_model
+from sdlab.data.pixels import to_model, to_uint8
 from sdlab.devices import raise_on_oom
 from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, sha256_of_json
@@ -47,13 +50,32 @@ class Moments:
 
 def encode_training_set(run: Run) -> Moments:
     """The training images' posterior moments, cached in `latents/train.npz`."""
-    data, size, path = run.data, run.settings.base_image_size, run.folder / "latents" / "train.npz"
+    path = run.folder / "latents" / "train.npz"
+    size, made_from = run.settings.base_image_size, run.data.fingerprint()
+    encode = in_parts_of_training_set(run, encode_part_of_run)
+    return encode_parts(encode, len(run.data.train), run.base, size, path, made_from, run.progress)
 
-    def encode(parts: Sequence[range], *how: Callable) -> None:
-        calls = [(TrainingImages(data, indices, size), size) for indices in parts]
-        run.executor.each(encode_part_of_run, run, calls, *how, steps=PART)
 
-    return encode_parts(encode, len(data.train), run.base, size, path, data.fingerprint(), run.progress)
+def in_parts_of_training_set(run: Run, function: Callable) -> Callable:
+    """`compute(parts, keep, on_progress)`, which calls `function(run, images, size, on_progress)` for each part."""
+
+    def compute(parts: Sequence[range], *how: Callable) -> None:
+        size = run.settings.base_image_size
+        calls = [(TrainingImages(run.data, indices, size), size) for indices in parts]
+        run.executor.each(function, run, calls, *how, steps=PART)
+
+    return compute
+
+
+def round_trip_training_set(run: Run) -> Split:
+    """The training images as the VAE draws them, in the form of generated ones: encoded at `base_image_size`, decoded from the
+    posterior's mean, at `image_size` pixels. They are cached until the stage is finished. Raises `BadInput`.
+    """
+    data, compute = run.data, in_parts_of_training_set(run, round_trip_part_of_run)
+    key = cache_key(run.base, data.fingerprint(), run.settings.base_image_size, data.image_size)
+    path = run.folder / "begun" / "round_trips.npz"
+    (images,) = compute_parts(compute, len(data.train), key, path, ("images",), "round trips", run.progress)
+    return Split(images, data.train.labels)
 
 
 def encode_images(
@@ -76,37 +98,60 @@ def encode_parts(
 ) -> Moments:
     """Moments from the cache `path` if it was made from the same; else `encode(parts, keep, on_progress)` makes them.
 
-    `made_from` names images and their order (a fingerprint); the VAE's hash is added here. Until all are encoded, parts lie
-    next to `path`. Raises `BadInput` if the VAE's output is not finite.
+    `made_from` names images and their order (a fingerprint); the VAE's hash is added here. Raises `BadInput` if the VAE's
+    output is not finite.
     """
-    vae_sha = {name: sha for name, sha in base.sha256.items() if name.startswith("vae/")}
-    key = sha256_of_json([made_from, vae_sha, size, "float16"])
-    folder, moments = path.with_suffix(".parts"), read_moments(path, key)
-    if moments is None:
-        parts = {range(start, min(start + PART, count)): folder / f"{start:08d}.npz" for start in range(0, count, PART)}
-        missing = [indices for indices, file in parts.items() if read_moments(file, key) is None]
-
-        def keep(call: tuple, moments: tuple[np.ndarray, np.ndarray]) -> None:
-            indices = call[1] if isinstance(call[1], range) else call[0].indices
-            write_moments(parts[indices], key, moments)
-
-        done = count - sum(map(len, missing))
-        with progress(total=count, initial=done, desc="encode", unit="img") as bar:
-            encode(missing, keep, bar.update)
-        # The VAE's memory layout may differ from a file's, and layouts choose algorithms, whose last bits differ: an
-        # interrupted training would not end with the same bytes.
-        encoded = [read_moments(file, key) for file in parts.values()]
-        moments = tuple(np.ascontiguousarray(np.concatenate(part)) for part in zip(*encoded, strict=True))
-        write_moments(path, key, moments)
-    shutil.rmtree(folder, ignore_errors=True)
+    key, names = cache_key(base, made_from, size, "float16"), ("mean", "std")
+    moments = compute_parts(encode, count, key, path, names, "encode", progress)
     return Moments(*(torch.from_numpy(array).to(base.device) for array in moments), base.scaling_factor)
 
 
+def cache_key(base: BaseModel, *made_from: Any) -> str:
+    """Names what the VAE made from these."""
+    vae_sha = {name: sha for name, sha in base.sha256.items() if name.startswith("vae/")}
+    return sha256_of_json([made_from[0], vae_sha, *made_from[1:]])
+
+
+def compute_parts(
+    compute: Callable, count: int, key: str, path: Path, names: Sequence[str], desc: str, progress: Callable
+) -> tuple[np.ndarray, ...]:
+    """Arrays with a row for each of `count` images, from the cache `path` if it has this key; else from
+    `compute(parts, keep, on_progress)`. Until all are there, parts lie next to `path`.
+    """
+    folder, arrays = path.with_suffix(".parts"), read_arrays_of(path, key, names)
+    if arrays is None:
+        parts = {range(start, min(start + PART, count)): folder / f"{start:08d}.npz" for start in range(0, count, PART)}
+        missing = [indices for indices, file in parts.items() if read_arrays_of(file, key, names) is None]
+
+        def keep(call: tuple, made: tuple[np.ndarray, ...]) -> None:
+            indices = call[1] if isinstance(call[1], range) else call[0].indices
+            write_arrays(parts[indices], key, dict(zip(names, made, strict=True)))
+
+        done = count - sum(map(len, missing))
+        with progress(total=count, initial=done, desc=desc, unit="img") as bar:
+            compute(missing, keep, bar.update)
+        # The VAE's memory layout may differ from a file's, and layouts choose algorithms, whose last bits differ: an
+        # interrupted training would not end with the same bytes.
+        made = [read_arrays_of(file, key, names) for file in parts.values()]
+        arrays = tuple(np.ascontiguousarray(np.concatenate(part)) for part in zip(*made, strict=True))
+        write_arrays(path, key, dict(zip(names, arrays, strict=True)))
+    shutil.rmtree(folder, ignore_errors=True)
+    return arrays
+
+
 def encode_part_of_run(run: Run, images: TrainingImages | Split, size: int, on_progress: Callable) -> tuple:
-    """A worker has the part's images as a `Split`."""
+    return encode_part(run.base, *source_of(images), size, on_progress)
+
+
+def round_trip_part_of_run(run: Run, images: TrainingImages | Split, size: int, on_progress: Callable) -> tuple:
+    return (round_trip_part(run.base, *source_of(images), size, run.data.image_size, on_progress),)
+
+
+def source_of(images: TrainingImages | Split) -> tuple[Callable[[range], np.ndarray], range]:
+    """What reads the images of a part, and their indices: a worker has the part's images as a `Split`."""
     if isinstance(images, Split):
-        return encode_part(run.base, lambda indices: images.images[indices], range(len(images)), size, on_progress)
-    return encode_part(run.base, images.read, images.indices, size, on_progress)
+        return lambda indices: images.images[indices], range(len(images))
+    return images.read, images.indices
 
 
 @torch.no_grad()
@@ -130,14 +175,33 @@ def encode_part(
     return mean, std
 
 
-def write_moments(path: Path, key: str, moments: tuple[np.ndarray, np.ndarray]) -> None:
+@torch.no_grad()
+def round_trip_part(
+    base: BaseModel,
+    images: Callable[[range], np.ndarray],
+    indices: range,
+    size: int,
+    image_size: int,
+    on_progress: Callable,
+) -> np.ndarray:
+    """The images at some indices through the VAE and back: uint8 (n, 3, image_size, image_size). Raises `BadInput`."""
+    batches = []
+    for start in range(indices.start, indices.stop, ENCODE_BATCH):
+        batch = to_model(images(range(start, min(start + ENCODE_BATCH, indices.stop))), size).to(base.device)
+        with raise_on_oom(f"{len(batch)} images of {size} px in the VAE", "take a smaller `base_image_size`"):
+            batches.append(to_uint8(base.vae.decode(base.vae.encode(batch).latent_dist.mean).sample, image_size))
+        on_progress(len(batch))
+    return np.concatenate(batches)
+
+
+def write_arrays(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     with atomic_write(path) as partial, partial.open("wb") as file:
-        np.savez(file, mean=moments[0], std=moments[1], made_from=key)
+        np.savez(file, **arrays, made_from=key)
 
 
-def read_moments(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The arrays of `write_moments`; None if there are none, or they were made from other inputs. Raises `BadInput`."""
+def read_arrays_of(path: Path, key: str, names: Sequence[str]) -> tuple[np.ndarray, ...] | None:
+    """The arrays of `write_arrays`; None if there are none, or they were made from other inputs. Raises `BadInput`."""
     if not path.exists():
         return None
-    arrays = read_arrays(path, ["mean", "std", "made_from"], "move it away and run its stage again")
-    return (arrays["mean"], arrays["std"]) if str(arrays["made_from"]) == key else None
+    arrays = read_arrays(path, [*names, "made_from"], "move it away and run its stage again")
+    return tuple(arrays[name] for name in names) if str(arrays["made_from"]) == key else None

@@ -59,11 +59,12 @@ def results(run, images=30) -> dict:
     """What workers compute: latents, a set's shards, the scores of classifiers on it and on real images."""
     try:
         latents.encode_training_set(run)
+        drawn = latents.round_trip_training_set(run).fingerprint()
         synthetic_set = generation.generate_set(run, CONFIG, images, seed=5)
         scores = evaluation.train_and_score_classifiers(run, synthetic_set.split(images), [1, 2, 3], ["val", "test"])
         real = evaluation.train_and_score_classifiers(run, run.data.train, [4], ["val"])
         encoded = hashlib.sha256((run.folder / "latents" / "train.npz").read_bytes()).hexdigest()
-        return dict(latents=encoded, shards=synthetic_set.fingerprint(images), scores=scores, real=real)
+        return dict(latents=encoded, drawn=drawn, shards=synthetic_set.fingerprint(images), scores=scores, real=real)
     finally:
         run.executor.shutdown()
         run.lock.release()

@@ -18,6 +18,12 @@ def load_plan(settings: Settings) -> dict | None:
     return plan if plan is not None and plan["settings"] == planned_settings(settings) else None
 
 
+def load_ceiling(settings: Settings) -> dict | None:
+    """What the first notebook measured of the base model's VAE; None if it has not."""
+    path = settings.run_folder / "metrics" / "ceiling.json"
+    return read_json(path) if path.exists() else None
+
+
 def planned_settings(settings: Settings) -> dict:
     """The settings that a plan depends on: all but the places of files."""
     return {k: v for k, v in settings.as_dict().items() if not k.endswith("_root") and k != "storage"}

@@ -38,9 +38,39 @@ def experiment_remarks(experiment: FinishedExperiment) -> list[str]:
         f"{sum(data['counts']['test'])} test images; always answering the most frequent class scores "
         f"{100 * data['majority_share_test']:.1f} %; classifier images {settings.image_size} px."
     )
+    ceiling = [round_trips_sentence(experiment)] if experiment.has_metrics("round_trips") else []
     cuts = ", ".join(f"{key} {value} ({papers})" for key, (value, papers) in settings.deviations().items())
     deviations = [f"{name}: settings that differ from the paper's (in brackets): {cuts}."] if cuts else []
-    return [chosen_sentence(experiment), protocol, f"{name}: data: {' '.join(data['findings'])}", *deviations]
+    return [chosen_sentence(experiment), *ceiling, protocol, f"{name}: data: {' '.join(data['findings'])}", *deviations]
+
+
+def round_trips_sentence(experiment: FinishedExperiment) -> str:
+    """The most that the base model's VAE allows, on test images."""
+    cell, real = (experiment.metrics(name)["test"] for name in ("round_trips", "real"))
+    return (
+        f"{experiment.name}: trained on the real images after a round trip through the base model's VAE, the classifier scores "
+        f"{percent(cell)} %, {100 * (cell['mean'] - real['mean']):+.2f} points to the real ones: that much is lost before "
+        "anything is generated."
+    )
+
+
+def ceiling_sentence(ceiling: Mapping | None) -> str:
+    """What `sdlab.evaluation.score_ceiling` found, by the deciding split."""
+    if ceiling is None:
+        return "What the VAE costs was not measured when this stage ran."
+    images = {"val": "validation images", "test": "test images"}[ceiling["split"]]
+    error = "" if ceiling["standard_error"] is None else f" (standard error {100 * ceiling['standard_error']:.1f})"
+    return (
+        f"This base model's VAE costs {100 * ceiling['cost']:.1f} points here{error}: classifiers trained on the real images "
+        f"score {percent(ceiling['real'])} % on {ceiling['real']['n']} {images}, on their round trips "
+        f"{percent(ceiling['round_trips'])} %; mean error of a pixel {ceiling['error']:.1f} of 255."
+    )
+
+
+def percent(score: Mapping) -> str:
+    """Mean and deviation over classifier seeds, of `sdlab.metrics.summarize`."""
+    deviation = "" if score["std"] is None else f" ± {100 * score['std']:.2f}"
+    return f"{100 * score['mean']:.2f}{deviation}"
 
 
 def chosen_sentence(experiment: FinishedExperiment) -> str:

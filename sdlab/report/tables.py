@@ -41,6 +41,9 @@ class FinishedExperiment:
     def metrics(self, name: str) -> dict:
         return read_json(self.settings.run_folder / "metrics" / f"{name}.json")
 
+    def has_metrics(self, name: str) -> bool:
+        return (self.settings.run_folder / "metrics" / f"{name}.json").exists()
+
 
 def finished_experiments(settings: Settings) -> list[FinishedExperiment]:
     """All experiments under `runs_root` whose tables can be filled (notebooks 05 and 06 are done), in the order of their names."""
@@ -82,9 +85,10 @@ def cas_text(row: pd.Series) -> str:
     return f"{row.cas:.2f}" + ("" if pd.isna(row.deviation) else f" ± {row.deviation:.2f}")
 
 
-def scores_table(cells: Sequence[Mapping]) -> pd.DataFrame:
+def scores_table(cells: Sequence[Mapping | None]) -> pd.DataFrame:
     """Scored training sets, a row each: mean and deviation over classifier seeds, and what plain accuracy can hide."""
-    table = pd.DataFrame([dict(cell=cell["title"]) | cell_numbers(cell) for cell in cells]).set_index("cell")
+    rows = [dict(cell=cell["title"]) | cell_numbers(cell) for cell in cells if cell is not None]
+    table = pd.DataFrame(rows).set_index("cell")
     return table[[column for column in SHOWN if column in table]].round(2)
 
 

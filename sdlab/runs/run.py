@@ -45,7 +45,7 @@ from sdlab.settings import SAMPLING, Settings
 # Of a training: measured times, and a state that is needed only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
 SHARED = ("settings.yaml", "test_readings.jsonl")  # by all stages
-SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "pictures/*", "artifacts/*")
+SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "metrics/ceiling.json", "pictures/*", "artifacts/*")
 
 
 class Run(Experiment):

@@ -40,12 +40,12 @@ STAGES = {
 }
 # Files that a stage writes, finished or not, besides its record and its executed copy.
 WRITES = {
-    "00": ("data", "metrics/data.json", "metrics/plan.json"),
+    "00": ("data", "metrics/data.json", "metrics/plan.json", "metrics/ceiling.json"),
     "01": ("latents", "class_encoder", "metrics/after_1.json"),
     "02": ("metrics/search_1.json", "metrics/after_2.json", "pictures/*-search_1-*"),
     "03": ("unet", "metrics/after_3.json"),
     "04": ("metrics/search_2.json", "metrics/after_4.json", "pictures/*-search_2-*"),
-    "05": ("metrics/real.json", "metrics/scaling.json", "metrics/x[0-9]*.json"),
+    "05": ("metrics/real.json", "metrics/round_trips.json", "metrics/scaling.json", "metrics/x[0-9]*.json"),
     "06": ("metrics/importance.json",),
     "07": ("metrics/tables.json",),
 }

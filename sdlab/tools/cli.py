@@ -254,7 +254,8 @@ def plan(settings: Settings, again: bool, costs: Path | None, workers: tuple[int
 
     Times a few real steps, and fetches nothing.
     """
-    from sdlab.report.costs import load_plan, measured_costs, plan_sentences, plan_table
+    from sdlab.report.costs import load_ceiling, load_plan, measured_costs, plan_sentences, plan_table
+    from sdlab.report.remarks import ceiling_sentence
 
     made, took = load_plan(settings), measured_costs(settings)
     if again or costs or made is None:
@@ -271,6 +272,8 @@ def plan(settings: Settings, again: bool, costs: Path | None, workers: tuple[int
     first, *sentences = plan_sentences(made)
     click.echo(f"{first}\n")
     click.echo(plan_table(made, took).set_index("notebook").rename_axis(None).to_string())
+    if ceiling := load_ceiling(settings):
+        sentences.append(ceiling_sentence(ceiling))
     click.echo("\n" + "\n".join(sentences))
     if workers:
         from sdlab.data.datasets import dataset_facts

@@ -57,7 +57,7 @@ class Durations:
 
 
 def hours_on(devices: int, durations: Durations) -> dict[str, float]:
-    """Hours of notebooks 01 to 05 on so many devices."""
+    """Hours of notebooks 00 to 05 on so many devices."""
     d, s, facts, costs = durations, durations.settings, durations.facts, durations.costs.seconds
     steps, images = inference_steps(s, most=False), s.search_images
 
@@ -74,17 +74,21 @@ def hours_on(devices: int, durations: Durations) -> dict[str, float]:
         last = d.synthetic_set(finalists * images, steps[name], devices) + makespan(again, devices)
         return search_seconds(devices, d, name, trials) + last
 
-    part = costs["encoded"] * min(PART, facts.train)
-    encoding = math.ceil(math.ceil(facts.train / PART) / devices) * part
+    size, parts = min(PART, facts.train), math.ceil(math.ceil(facts.train / PART) / devices)
+    encoding, round_trips = (
+        parts * size * seconds for seconds in (costs["encoded"], costs["encoded"] + costs["images"])
+    )
     encoder_steps = s.class_encoder_epochs * math.ceil(facts.train / s.class_encoder_batch_size)
     unet_steps = s.unet_epochs * math.ceil(facts.train / s.unet_batch_size)
-    sizes = [facts.train, *(k * facts.train for k in range(1, s.scaling_max + 1))]
+    sizes = [facts.train, facts.train, *(k * facts.train for k in range(1, s.scaling_max + 1))]
+    of_real = [d.classifier("finalist", facts.train)] * s.classifier_seeds
     in_seconds = {
+        "00": round_trips + 2 * makespan(of_real, devices),
         "01": encoding + costs["class_encoder steps"] * encoder_steps + cell(s.default_num_inference_steps),
         "02": cell(steps["optimum_1"]) + search("search_1", s.search_1_trials),
         "03": cell(steps["optimum_1"]) + costs["unet steps"] * unet_steps,
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
-        "05": d.synthetic_set(s.scaling_max * facts.train, steps["optimum_2"], devices) + cells(*sizes),
+        "05": d.synthetic_set(s.scaling_max * facts.train, steps["optimum_2"], devices) + cells(*sizes) + round_trips,
     }
     return {number: value / 3600 for number, value in in_seconds.items()}
 

@@ -37,13 +37,14 @@ GB = 1e9
 # The work of a notebook: how often each operation of `measure` is made. "images" are generated (and decoded) ones; a pass is
 # one image through the UNet once; "trial images" are those that the trials' classifiers see in training, each time
 # counted, "trial validations" those that they classify; "cell ..." the same for the classifiers of cells and finalists.
-# "shown ..." are those of a notebook's own figures; bytes are weights that are hashed and loaded, or hashed and written.
+# "shown ..." are those of a notebook's own figures, "decoded" those that only pass the VAE (as dear as a generated one's
+# decoding); bytes are weights that are hashed and loaded, or hashed and written.
 Work = Counter
-COSTS_AS = {"shown passes": "passes", "shown images": "images"}
+COSTS_AS = {"shown passes": "passes", "shown images": "images", "decoded": "images"}
 
 
 def workload(settings: Settings, facts: DatasetFacts, most: bool = False, pruning: bool = True) -> dict[str, Work]:
-    """The work of notebooks 01 to 05: expected, or at `most`, or with nothing pruned.
+    """The work of notebooks 00 to 05: expected, or at `most`, or with nothing pruned.
 
     Expected: inference steps in the middle of their range, both passes where guidance acts, and pruning as the search's own
     pruner prunes trials of random quality. At most: the highest IS, nothing pruned. The result of a finished search is used.
@@ -67,12 +68,15 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
             total += scaled(finalist, s.search_finalists + (name == "search_2"))
         return total
 
-    scaling = generated(s, s.scaling_max * facts.train, steps["optimum_2"]) + classifier_work(s, facts, facts.train)
+    round_trips = Work({"encoded": facts.train, "decoded": facts.train})
+    scaling = generated(s, s.scaling_max * facts.train, steps["optimum_2"]) + round_trips
+    scaling += scaled(classifier_work(s, facts, facts.train), 2)  # real images, and their round trips
     for k in range(1, s.scaling_max + 1):
         scaling += classifier_work(s, facts, k * facts.train)
     encoder_steps = s.class_encoder_epochs * math.ceil(facts.train / s.class_encoder_batch_size)
     unet_steps = s.unet_epochs * math.ceil(facts.train / s.unet_batch_size)
     return {
+        "00": round_trips + scaled(classifier_work(s, facts, facts.train, "finalist"), 2),
         "01": cell(s.default_num_inference_steps)
         + Work({"encoded": facts.train, "class_encoder steps": encoder_steps}),
         "02": cell(steps["optimum_1"]) + search("search_1", s.search_1_trials),
@@ -83,7 +87,7 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
 
 
 def besides(s: Settings, facts: DatasetFacts, base: BaseModel, sizes: Mapping[str, int], most: bool) -> dict[str, Work]:
-    """What notebooks 01 to 05 do besides the method: images of their figures, weights read and written.
+    """What notebooks 00 to 05 do besides the method: images of their figures, weights read and written.
 
     It is minutes with Stable Diffusion 2.0, which is little in an experiment and much in a rehearsal.
     """
@@ -99,6 +103,7 @@ def besides(s: Settings, facts: DatasetFacts, base: BaseModel, sizes: Mapping[st
         return Work({"shown passes": passes, "shown images": images, "bytes read": read, "bytes written": written})
 
     return {
+        "00": work(24 * few, 24 + min(12, facts.train), model),
         "01": work((scale_passes + 2 * encoder_epochs) * each * few, (scales + encoder_epochs) * each + 5 * min(10, facts.train),
                    model, s.class_encoder_epochs * (12 * sizes["encoder"] + 4 * sizes["table"])),
         "02": work(2 * by_hand * 5 + scale_passes * each * steps["optimum_1"], by_hand + scales * each, model),
@@ -201,7 +206,7 @@ def make_plan(
             steps=round(work["class_encoder steps"] + work["unet steps"]),
             hours=seconds(work + more[number], costs) / 3600,
             hours_at_most=seconds(most[number] + more_at_most[number], costs) / 3600,
-            pruning_saves=1 - work["images"] / unpruned[number]["images"],
+            pruning_saves=1 - work["images"] / unpruned[number]["images"] if work["images"] else 0.0,
             disk_gb=disk(settings, facts, costs, number, work) / GB,
             memory_gb=max(costs.memory["generating"], costs.memory.get(number, 0.0)) / GB,
         )

@@ -151,7 +151,8 @@ def log_work(log: Path, stage: str) -> None:
         setattr(module, name, function)
 
     logged(generation, "generate_images", lambda _, plan, indices, *__: f"shard {plan.key()} {indices[0]}")
-    logged(latents, "encode_part", lambda base, images, places, *_: f"latents {places.start}")
+    for name in ("encode_part", "round_trip_part"):
+        logged(latents, name, lambda base, images, places, *_: f"latents {places.start}")
     logged(
         evaluation,
         "train_classifier",
