@@ -144,7 +144,7 @@ def main(experiment: str, official: Path | None, folder: Path, more: tuple[tuple
     table = pd.DataFrame(rows)
     print(table.to_markdown(index=False, floatfmt=(".0f", ".0f", ".0f", ".1f", ".2f"), missingval=""))
     took = table["took, s"][table["planned, s"].notna()].sum()
-    print(f"01 to 05: planned {table['planned, s'].sum():.0f} s, took {took:.0f} s")
+    print(f"00 to 05: planned {table['planned, s'].sum():.0f} s, took {took:.0f} s")
 
 
 if __name__ == "__main__":
