@@ -4,8 +4,9 @@
     .venv/bin/python scripts/rehearse.py retinamnist --official data
 
 The weights are random and the images are made, in the formats of the true files. `--official FOLDER` reads and checks
-the official file there, and takes as many of its images, the classes in turn. The parameter file is the experiment's own, at smoke depth (`DEPTH`). Prints time, memory and disk of
-each notebook, and what `sdlab plan` said before. Everything goes to runs/rehearsal/; about 20 GB, 20 GiB of memory.
+the official file there, and takes as many of its images, the classes in turn. The parameter file is the experiment's
+own, at smoke depth (`DEPTH`). Prints time, memory and disk of each notebook, and what `sdlab plan` said before.
+Everything goes to runs/rehearsal/; about 20 GB, 20 GiB of memory.
 """
 
 import json

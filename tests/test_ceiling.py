@@ -10,6 +10,7 @@ import torch
 from sdlab import evaluation, latents
 from sdlab.data.pixels import to_model, to_uint8
 from sdlab.latents import round_trip_training_set
+from sdlab.report.costs import load_ceiling
 from sdlab.report.remarks import ceiling_sentence
 from sdlab.runs.run import Run
 from sdlab.runs.stages import STAGES
@@ -92,6 +93,8 @@ def test_it_is_measured_again_for_another_classifier_unless_the_stage_is_finishe
     run.finish(run.metrics_path("data"))
     monkeypatch.setattr(evaluation, "round_trip_training_set", None)  # nothing is made
     assert evaluation.score_ceiling(opened(settings, data, base)) == second
+    assert load_ceiling(run.settings) == second
+    assert load_ceiling(dataclasses.replace(run.settings, image_size=9)) is None  # another experiment's
     run.metrics_path("ceiling").unlink()
     nothing = evaluation.score_ceiling(opened(settings, data, base))
     assert nothing is None and "was not measured" in ceiling_sentence(nothing)

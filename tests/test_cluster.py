@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT
@@ -44,7 +46,7 @@ def places(tmp_path, monkeypatch):
 def opened(settings, data, base, **changes) -> Run:
     """Stage 01 with a trained Class-Encoder."""
     settings = dataclasses.replace(settings, shard_size=5, **changes)
-    run = Run(settings, STAGES["00"].stem, data, base)
+    run = Run(dataclasses.replace(settings, cluster="none"), STAGES["00"].stem, data, base)
     run.save_metrics("data", {})
     run.finish(run.metrics_path("data"))
     run = Run(settings, STAGES["01"].stem, data, base)
@@ -250,6 +252,28 @@ def test_a_cache_too_small_for_one_task_is_refused(settings, data, base):
         results(run)
 
 
+def test_the_first_stage_names_a_scheduler_that_does_not_answer_before_it_writes(settings, data, base, monkeypatch):
+    """It scores classifiers, too."""
+    monkeypatch.setattr(dask_cluster, "CONNECT", 0.5)
+    with pytest.raises(BadInput, match="does not answer"):
+        Run(dataclasses.replace(settings, cluster="tcp://127.0.0.1:1"), STAGES["00"].stem, data, base)
+    assert not (settings.run_folder / "records" / "00.json").exists()
+
+
+def test_a_checkpoint_that_was_made_again_is_loaded_again(settings, data, base):
+    """The same epoch and experiment, as on a worker that outlives a stage: it makes shards only, and keeps the last UNet."""
+    run, shards = opened(settings, data, base), []
+    for deviation in (1.0, 2.0):
+        table = ClassTable(num_classes=3, tokens=base.tokens, width=base.width)
+        torch.nn.init.normal_(table.conditions, std=deviation)
+        shutil.rmtree(epoch_folder(run.folder / "class_encoder", 1))
+        save_checkpoint(table, epoch_folder(run.folder / "class_encoder", 1))
+        plan = generation.plan_generation(run, CONFIG, seed=5)
+        shards.append(generation.make_shard(run, CONFIG, plan, 0, lambda *_: None)[0])
+    assert not np.array_equal(*shards)
+    generation.load_pipeline_once.cache_clear()
+
+
 def test_files_that_never_stay_are_not_sent_without_end(settings, data, base):
     run = opened(settings, data, base, cluster="local", workers=1)
     run.executor.send = lambda outcome: None
@@ -391,7 +415,7 @@ def fail_with(run, kind, on_progress):
     raise kind("of a task")
 
 
-def test_a_file_on_its_way_delays_no_other_job_and_stays_while_it_is_used(settings, data, base, tmp_path):
+def test_a_file_on_its_way_delays_no_other_job_and_a_jobs_files_replace_the_last_ones(settings, data, base, tmp_path):
     run = opened(settings, data, base, cluster="local", workers=1)
     executor, may_send = run.executor, threading.Event()
     assert executor.submit(files_of, run).result(timeout=60) == []

@@ -19,7 +19,15 @@ from sdlab.runs.run import Run
 from sdlab.runs.stages import STAGES, StageState
 from sdlab.runs.studies import open_study
 from sdlab.sampling_config import SamplingConfig
-from sdlab.search import Search, SearchSpace, final_search_space, first_search_space, new_pruner, run_search
+from sdlab.search import (
+    Search,
+    SearchSpace,
+    export_search,
+    final_search_space,
+    first_search_space,
+    new_pruner,
+    run_search,
+)
 
 
 def space(steps=(5, 50), guidance=(0.0, 7.5), epoch=(1, 10)) -> SearchSpace:
@@ -427,6 +435,15 @@ def test_a_study_of_another_run_folder_is_refused(world, data, tmp_path):
     (settings.run_folder / ".locks" / "folder").write_text("as in a folder of its own")
     with pytest.raises(BadInput, match="of another run folder: give the experiment another name"):
         searched(settings, data, 3)
+
+
+def test_a_trial_that_nobody_was_told_of_is_not_exported(world, data):
+    """A database that was away may have kept it."""
+    found, run = searched(world[0], data, 3)
+    study = open_study(run.settings, "search_1", new_pruner(run.settings))
+    study.ask()
+    exported = export_search(study, run.settings, space(), found["finalists"])
+    assert exported["trials"] == found["trials"] and len(study.get_trials()) == 4
 
 
 def test_a_finished_search_is_loaded(world, data):

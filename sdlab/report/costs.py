@@ -19,9 +19,11 @@ def load_plan(settings: Settings) -> dict | None:
 
 
 def load_ceiling(settings: Settings) -> dict | None:
-    """What the first notebook measured of the base model's VAE; None if it has not."""
-    path = settings.run_folder / "metrics" / "ceiling.json"
-    return read_json(path) if path.exists() else None
+    """What the first notebook measured of the base model's VAE; None if it has not, or with other settings of its own."""
+    path, record = settings.run_folder / "metrics" / "ceiling.json", read_record(settings, "00")
+    if not path.exists() or record is None or settings_differences(settings, "00", record):
+        return None
+    return read_json(path)
 
 
 def planned_settings(settings: Settings) -> dict:

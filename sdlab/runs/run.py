@@ -146,7 +146,7 @@ class Run(Experiment):
 
     def workers(self) -> dict[str, str | int]:
         """Device and threads of a cluster's workers; nothing if tasks run here. Raises `BadInput` if it does not answer."""
-        if self.settings.cluster == "none" or self.base is None or self.stage.number not in SAMPLING.split():
+        if self.settings.cluster == "none" or self.base is None or self.stage.number not in ("00", *SAMPLING.split()):
             return {}
         return dict(worker_device=self.executor.environment["device"], worker_threads=self.executor.threads)
 
