@@ -192,7 +192,10 @@ def test_the_ceiling_of_the_vae_is_a_line_under_the_tables(experiments):
     (experiments[1].settings.run_folder / "metrics" / "round_trips.json").unlink()
     lines = [line for line in table_remarks(experiments, table_1(experiments)) if "round trip" in line]
     (line,) = lines
-    assert line.startswith("digits-x: ") and "scores 87.00 ± 0.00 %, -3.00 points to the real ones" in line
+    assert (
+        line.startswith("digits-x: ")
+        and "scores 87.00 ± 0.00 %, -3.00 points to the real ones (standard error of the difference" in line
+    )
 
 
 def test_the_picture_of_figure_1_holds_our_bars_and_the_papers(experiments):

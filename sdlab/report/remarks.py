@@ -47,10 +47,11 @@ def experiment_remarks(experiment: FinishedExperiment) -> list[str]:
 def round_trips_sentence(experiment: FinishedExperiment) -> str:
     """The most that the base model's VAE allows, on test images."""
     cell, real = (experiment.metrics(name)["test"] for name in ("round_trips", "real"))
+    error = 100 * math.hypot(cell["standard_error"], real["standard_error"])
     return (
         f"{experiment.name}: trained on the real images after a round trip through the base model's VAE, the classifier scores "
-        f"{percent(cell)} %, {100 * (cell['mean'] - real['mean']):+.2f} points to the real ones: that much is lost before "
-        "anything is generated."
+        f"{percent(cell)} %, {100 * (cell['mean'] - real['mean']):+.2f} points to the real ones (standard error of the "
+        f"difference at most {error:.2f}): what the VAE alone changes, before anything is generated."
     )
 
 
