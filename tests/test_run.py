@@ -17,7 +17,7 @@ from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, file_lock, files_below, partial_writes, remove_partial_writes, write_json
 from sdlab.runs.locks import Lock
 from sdlab.runs.records import FileHash, cpu_name, environment_change, read_record, write_record
-from sdlab.runs.run import Run
+from sdlab.runs.run import FORMER_TINY, Run
 from sdlab.runs.stages import STAGES, Reason, State, stage_state
 
 
@@ -138,6 +138,15 @@ def test_data_or_base_model_that_changed_under_an_experiment_are_refused(setting
     for data, base, said in (("other", "base", "`dataset`"), ("data", "other", "`base_model`")):
         with pytest.raises(BadInput, match=f"The {said} is no longer the one"):
             Run(settings, "01_class_encoder", Named(data), Named(base))
+
+
+def test_a_run_begun_with_a_former_tiny_is_told_the_commit_that_has_it(settings):
+    (former, commit), *_ = FORMER_TINY.items()
+    run = Run(settings, "00_data_and_base_model", Named("data"), Named(former))
+    run.save_metrics("of_00", 1)
+    run.finish(run.metrics_path("of_00"))
+    with pytest.raises(BadInput, match=f"continue with the code of commit {commit}, which has that `tiny`, or give"):
+        Run(settings, "01_class_encoder", Named("data"), Named("new"))
 
 
 def test_a_finished_step_keeps_what_it_has(settings):

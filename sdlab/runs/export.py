@@ -37,8 +37,12 @@ def export_set(settings: Settings, target: Path, images: int | None = None, prog
             f"(`sdlab run {settings.experiment}`)."
         )
     about = description(settings, images)
+    return write_set(settings.run_folder / "synthetic" / about["synthetic"], about, target, progress)
+
+
+def write_set(folder: Path, about: dict, target: Path, progress: Callable = tqdm) -> dict:
+    """Write the first `about["images"]` of the shards in `folder` to `target`; returns the completed description."""
     check_target(target)
-    folder = settings.run_folder / "synthetic" / about["synthetic"]
     first = next(read_shards(folder, 1))[0]
     check_free_space(target, about["images"] * first[0].size, "The set")
     about |= dict(image_size=first.shape[-1])
@@ -65,13 +69,18 @@ def check_target(target: Path) -> None:
         raise BadInput(f"There is no folder {target.absolute().parent}: make it first.")
 
 
+def check_images(images: int | None, made: int) -> None:
+    """Raises `BadInput` for a number of images that a pool does not have."""
+    if images is not None and not 1 <= images <= made:
+        raise BadInput(f"`--images` is {images}: {STAGES['05'].stem} made {made} (allowed is 1 to that).")
+
+
 def description(settings: Settings, images: int | None) -> dict:
     """Where a set comes from, its classes, and how well a classifier does that was trained on the chosen size."""
     metrics = settings.run_folder / "metrics"
     scaling = read_json(metrics / "scaling.json")
     pool, chosen = scaling["pool"], read_json(metrics / f"x{int(scaling['chosen'][1:]):02d}.json")
-    if images is not None and not 1 <= images <= pool["images"]:
-        raise BadInput(f"`--images` is {images}: {STAGES['05'].stem} made {pool['images']} (allowed is 1 to that).")
+    check_images(images, pool["images"])
     cells = dict(chosen=chosen, real=read_json(metrics / "real.json"))
     scores = {name: {key: cell["test"][key] for key in ("mean", "std", "n")} for name, cell in cells.items()}
     base_model = settings.base_model

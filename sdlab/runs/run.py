@@ -45,6 +45,10 @@ from sdlab.settings import SAMPLING, Settings
 # Of a training: measured times, and a state that is needed only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
 SHARED = ("settings.yaml", "test_readings.jsonl")  # by all stages
+# Fingerprints of what was embedded as `tiny` before -> a commit that has it.
+FORMER_TINY = {
+    "3c850513136f0e3c518029b68172dc07eab7ab5d513c8e918c1291855e37e885": "90bc8214e951e5a0f66cfc1c30e0d8c7a0f81a66"
+}
 SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "metrics/ceiling.json", "pictures/*", "artifacts/*")
 
 
@@ -102,10 +106,14 @@ class Run(Experiment):
         first = records.read_record(self.settings, "00")
         for name, fingerprint in self.inputs.items():
             if first is not None and first.inputs.get(name) != fingerprint:
+                commit = FORMER_TINY.get(first.inputs.get(name, ""))
+                restore = (
+                    f"continue with the code of commit {commit}, which has that `tiny`" if commit else "restore it"
+                )
                 raise BadInput(
                     f"The `{dict(data='dataset', base_model='base_model')[name]}` is no longer the one that "
-                    f"00_data_and_base_model saw in {self.folder} (its content differs): restore it, or give the experiment "
-                    "another name."
+                    f"00_data_and_base_model saw in {self.folder} (its content differs): {restore}, or give the "
+                    "experiment another name."
                 )
 
     def begin(self) -> bool:

@@ -120,8 +120,15 @@ def as_typed(settings: Settings) -> str:
 @click.option(
     "--redo", metavar="NN", help="Run this notebook and those that read it again; their files are moved to aside/."
 )
-def run(settings: Settings, until: str, redo: str | None) -> None:
+@click.option("--from-reference", is_flag=True, help="Make the released sets of reports/reference/ instead.")
+def run(settings: Settings, until: str, redo: str | None, from_reference: bool) -> None:
     """Run the notebooks in order; skip finished ones, stop at the first failure."""
+    if from_reference:
+        from sdlab.tools.released_sets import make_released_set
+
+        folder, _, images, comparison = make_released_set(settings)
+        click.echo(f"{images} images in {relative_to_project(folder)}/. {comparison}")
+        return
     for name, number in (("until", until), ("redo", redo)):
         if number not in (None, *STAGES):
             raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STAGES)}.")
@@ -311,12 +318,32 @@ def dashboard(settings: Settings, port: int) -> None:
 @with_settings
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--images", type=int, help="How many, from the first on.  [default: the size that notebook 05 chose]")
-def export(settings: Settings, target: Path, images: int | None) -> None:
+@click.option("--from-reference", is_flag=True, help="Of the release in reports/reference/, which is made first.")
+def export(settings: Settings, target: Path, images: int | None, from_reference: bool) -> None:
     """Write the chosen synthetic set to TARGET: a folder of PNGs, one subfolder a class, or a file ending in .npz."""
-    from sdlab.runs.export import export_set
+    from sdlab.runs.export import check_images, check_target, export_set, write_set
 
-    about = export_set(settings, target, images)
+    if from_reference:
+        from sdlab.tools.released_sets import make_released_set
+
+        check_target(target)
+        folder, about, made, comparison = make_released_set(settings)
+        click.echo(comparison)
+        check_images(images, made)
+        about = write_set(folder, about | dict(images=images or about["images"]), target)
+    else:
+        about = export_set(settings, target, images)
     click.echo(f"{target}: {about['images']} images of {len(about['classes'])} classes, {about['image_size']} px.")
+
+
+@cli.command("release")
+@with_settings
+def release(settings: Settings) -> None:
+    """Write what makes the experiment's sets again to its report folder: two checkpoints, settings, searches, hashes."""
+    from sdlab.runs.releases import write_release
+
+    target = write_release(settings)
+    click.echo(f"{relative_to_project(target)}: {folder_size(target) / 1e6:.1f} MB.")
 
 
 @cli.command("settings")
