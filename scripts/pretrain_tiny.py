@@ -44,7 +44,7 @@ TOKEN_DROPOUT = (0.05, 0.3, 0.5, 0.3, 0.3, 0.3, 0.7, 0.3)
 CONDITION_DROPOUT = 0.1  # classifier-free guidance (Ho and Salimans 2022): all tokens zero
 VAE_RATE, UNET_RATE = 5e-4, 1e-3  # peak learning rates of AdamW
 KL_WEIGHT = 3e-4  # of the posterior's nats for each number of an image, next to that number's error
-POOL_IMAGES, POOL_STEPS = 1024, 64  # images are drawn and encoded together, and shown for so many steps
+POOL_IMAGES, SHOWN = 1024, 4  # so many images are drawn together, and each is shown so often, on average
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                  prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # fmt: skip
 
@@ -224,16 +224,21 @@ def start(seed: int, threads: int) -> None:
 
 @cli.command()
 @common
-@click.option("--steps", default=12000)
-@click.option("--batch-size", default=64)
+@click.option("--steps", default=14000)
+@click.option("--batch-size", default=16)
 def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_size: int) -> None:
     """L1 + squared error, and a KL that keeps the latents smooth."""
     start(seed, threads)
     model = new_vae(latents)
 
+    @lru_cache(1)
+    def pool(index: int) -> torch.Tensor:
+        return draw(POOL_IMAGES, step_generator(seed, "vae pool", index), VAE_SHARES).images
+
     def loss_of_step(step):
         generator = step_generator(seed, "vae", step)
-        images = draw(batch_size, generator, VAE_SHARES).images
+        images = pool(step * batch_size // (POOL_IMAGES * SHOWN))
+        images = images[torch.randint(0, len(images), (batch_size,), generator=generator)]
         posterior = model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
@@ -241,7 +246,7 @@ def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_si
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum() / images.numel()
         return l1 + F.mse_loss(decoded, images) + KL_WEIGHT * kl, l1.item()
 
-    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents)
+    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, SHOWN])
     Trainer("vae", model, state, VAE_RATE, drawn_from).run(loss_of_step, steps)
 
 
@@ -302,12 +307,12 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
     @lru_cache(1)
     @torch.no_grad()
     def pool(index: int) -> tuple[Batch, torch.Tensor, torch.Tensor]:
-        drawn = draw(POOL_IMAGES, step_generator(seed, "pool", index), UNET_SHARES)
+        drawn = draw(POOL_IMAGES, step_generator(seed, "unet pool", index), UNET_SHARES)
         posteriors = [autoencoder.encode(part).latent_dist for part in drawn.images.split(128)]
         return drawn, torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
     def loss_of_step(step):
-        drawn, mean, std = pool(step // POOL_STEPS)
+        drawn, mean, std = pool(step * batch_size // (POOL_IMAGES * SHOWN))
         generator = step_generator(seed, "unet", step)
         rows = torch.randint(0, len(drawn), (batch_size,), generator=generator)
         clean = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
@@ -321,8 +326,8 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
         loss = F.mse_loss(predicted, noise)
         return loss, loss.item()
 
-    pools = f"{POOL_IMAGES} images in {POOL_STEPS} steps"
-    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pools=pools, vae=digest(autoencoder))
+    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, SHOWN])
+    drawn_from["vae"] = digest(autoencoder)
     Trainer("unet", both, state, UNET_RATE, drawn_from).run(loss_of_step, steps)
 
 
