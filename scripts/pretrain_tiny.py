@@ -45,6 +45,7 @@ CONDITION_DROPOUT = 0.1  # classifier-free guidance (Ho and Salimans 2022): all 
 VAE_RATE, UNET_RATE = 5e-4, 1e-3  # peak learning rates of AdamW
 KL_WEIGHT = 3e-4  # of the posterior's nats for each number of an image, next to that number's error
 POOL_IMAGES, SHOWN = 1024, 4  # so many images are drawn together, and each is shown so often, on average
+LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                  prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # fmt: skip
 
@@ -91,8 +92,9 @@ def keep_tokens(count: int, generator: torch.Generator) -> torch.Tensor:
 def new_vae(latents: str) -> AutoencoderKL:
     """32 px <-> channels x size x size, as in "8x8x8".
 
-    Every residual branch begins at zero and the posterior's width at e^-2. Otherwise the decoder learns for thousands
-    of steps to draw through noise of its own making, and gives all but the brightness of a place up (docs/log.md).
+    It begins as a chain of orthogonal linear maps with a narrow posterior: all residual branches are zero. From
+    diffusers' own beginning a batch's colours shrink on their way, and training stays for thousands of steps where
+    three latent channels of eight are used and one colour axis is lost (docs/log.md).
     """
     channels, size, _ = (int(number) for number in latents.split("x"))
     widths = {4: (16, 32, 64, 64), 8: (16, 32, 64)}[size]
@@ -101,12 +103,17 @@ def new_vae(latents: str) -> AutoencoderKL:
                           up_block_types=("UpDecoderBlock2D",) * len(widths),
                           latent_channels=channels, norm_num_groups=1, sample_size=SIZE)  # fmt: skip
     for module in model.modules():
-        if isinstance(module, ResnetBlock2D | Attention):
-            last = module.conv2 if isinstance(module, ResnetBlock2D) else module.to_out[0]
-            torch.nn.init.zeros_(last.weight)
-            torch.nn.init.zeros_(last.bias)
-    torch.nn.init.zeros_(model.quant_conv.weight[channels:])
-    torch.nn.init.constant_(model.quant_conv.bias[channels:], -4)
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.orthogonal_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    branches = [module.conv2 for module in model.modules() if isinstance(module, ResnetBlock2D)]
+    branches += [module.to_out[0] for module in model.modules() if isinstance(module, Attention)]
+    for last in branches:
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+    with torch.no_grad():  # the posterior's log variance
+        model.quant_conv.weight[channels:] = 0
+        model.quant_conv.bias[channels:] = -4
     return model
 
 
@@ -169,8 +176,12 @@ class Trainer:
         torch.save(saved, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
 
-    def run(self, loss_of_step, steps: int, log_every: int = 50, save_every: int = 500) -> None:
+    def run(self, loss_of_step, steps: int) -> None:
         log = self.path.parent / "train_log.csv"
+        if log.exists():  # without what was logged after the state was saved: those steps come again
+            lines = [line.split(",") for line in log.read_text().splitlines()]
+            kept = [line for line in lines if line[0] != self.stage or int(line[1]) <= self.step]
+            log.write_text("".join(",".join(line) + "\n" for line in kept))
         losses, started, first = [], time.perf_counter(), self.step
         bar = tqdm(total=steps, initial=self.step, desc=self.stage, mininterval=10)
         while self.step < steps:
@@ -187,12 +198,14 @@ class Trainer:
                 self.ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.ema[name].copy_(value)
             losses.append(shown)
             bar.update()
-            if self.step % log_every == 0:
+            if self.step % LOG_EVERY == 0:
                 seconds = (time.perf_counter() - started) / (self.step - first)
                 with log.open("a", newline="") as file:
-                    csv.writer(file).writerow([self.stage, self.step, f"{np.mean(losses):.5f}", f"{seconds:.3f}"])
+                    csv.writer(file, lineterminator="\n").writerow(
+                        [self.stage, self.step, f"{np.mean(losses):.5f}", f"{seconds:.3f}"]
+                    )
                 losses = []
-            if self.step % save_every == 0 or self.step == steps:
+            if self.step % SAVE_EVERY == 0 or self.step == steps:
                 self.save()
 
 
@@ -224,7 +237,7 @@ def start(seed: int, threads: int) -> None:
 
 @cli.command()
 @common
-@click.option("--steps", default=14000)
+@click.option("--steps", default=12000)
 @click.option("--batch-size", default=16)
 def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_size: int) -> None:
     """L1 + squared error, and a KL that keeps the latents smooth."""

@@ -1,16 +1,23 @@
 """The script that made `tiny`: repeats exactly, resumes to the same weights, and draws what it says."""
 
+import dataclasses
 import sys
 
 import click
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
+from sdlab.base_models import load_base_model
 from sdlab.paths import PROJECT_ROOT
 
 sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
 import pretrain_tiny as script
-from pictures import drawing, glyphs, mixture, photographs
+from pictures import cells, drawing, glyphs, mixture, photographs, surfaces
+
+KINDS = pytest.mark.parametrize("painter", mixture.PAINTERS, ids=mixture.KINDS)
 
 
 def trained(folder, steps, monkeypatch, seed=0, stage="vae"):
@@ -35,37 +42,107 @@ def test_seeded_steps_repeat_and_a_cut_run_resumes_the_same(tmp_path, monkeypatc
     assert not equal(whole, trained(tmp_path / "d", [8], monkeypatch, seed=1))
 
 
-def test_a_state_of_another_seed_is_refused(tmp_path, monkeypatch):
+def test_a_state_of_other_settings_is_refused(tmp_path, monkeypatch):
     trained(tmp_path, [2], monkeypatch)
-    with pytest.raises(click.ClickException, match="was made with seed 0, batch size 4 and latents 32x4x4"):
+    with pytest.raises(
+        click.ClickException, match=r"was made with seed 0, batch_size 4, latents 8x8x8, .* not seed 1,"
+    ):
         trained(tmp_path, [4], monkeypatch, seed=1)
+    torch.save(dict(torch.load(tmp_path / "vae.pt", weights_only=True), drawn_from=[0, 64]), tmp_path / "vae.pt")
+    with pytest.raises(click.ClickException, match=r"was made with \[0, 64\], not seed 0,"):  # by an older script
+        trained(tmp_path, [4], monkeypatch)
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "LOG_EVERY", 2)
+    monkeypatch.setattr(script, "SAVE_EVERY", 4)
+    trained(tmp_path, [8], monkeypatch)
+    whole = [line.split(",")[:3] for line in (tmp_path / "train_log.csv").read_text().split()]
+    assert [line[:2] for line in whole] == [["vae", str(step)] for step in (2, 4, 6, 8)]
+    saved = torch.load(tmp_path / "vae.pt", weights_only=True)
+    torch.save(dict(saved, step=4), tmp_path / "vae.pt")  # as if it had been cut after step 8 was logged
+    trained(tmp_path, [8], monkeypatch)
+    lines = [line.split(",")[:2] for line in (tmp_path / "train_log.csv").read_text().split()]
+    assert lines == [line[:2] for line in whole]
 
 
 def test_the_unet_learns_from_the_vae_of_its_state_folder_and_resumes_in_the_middle_of_a_pool(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "POOL_IMAGES", 16)
-    monkeypatch.setattr(script, "POOL_STEPS", 3)
+    monkeypatch.setattr(script, "POOL_IMAGES", 12)
+    monkeypatch.setattr(script, "SHOWN", 1)  # a pool lasts three steps
     for folder in ("a", "b"):
         trained(tmp_path / folder, [2], monkeypatch)
     whole = trained(tmp_path / "a", [8], monkeypatch, stage="unet")
     assert whole["step"] == 8 and all(torch.isfinite(v).all() for v in whole["ema"].values())
     assert equal(whole, trained(tmp_path / "b", [4, 8], monkeypatch, stage="unet"))
 
+    trained(tmp_path / "a", [3], monkeypatch)  # the VAE learns one more step: these are no longer the UNet's latents
+    with pytest.raises(click.ClickException, match=r"unet\.pt was made with .* vae [0-9a-f]{16}, not "):
+        trained(tmp_path / "a", [9], monkeypatch, stage="unet")
 
-@pytest.mark.parametrize("painter", mixture.PAINTERS, ids=lambda painter: painter.__name__)
+
+def test_an_unet_needs_a_vae_of_the_same_latents(tmp_path, monkeypatch):
+    with pytest.raises(click.ClickException, match=r"vae\.pt does not exist: run `vae` with this --state first"):
+        script.load_vae(tmp_path, "8x8x8")
+    trained(tmp_path, [2], monkeypatch)
+    with pytest.raises(click.ClickException, match="has latents 8x8x8, not 32x4x4: give --latents 8x8x8"):
+        script.load_vae(tmp_path, "32x4x4")
+
+
+def test_latents_of_the_mixture_have_unit_variance(tmp_path, monkeypatch):
+    trained(tmp_path, [8], monkeypatch)
+    vae = script.load_vae(tmp_path, "8x8x8")
+    generator = torch.Generator().manual_seed(5)
+    posterior = vae.encode(mixture.draw(512, generator, mixture.UNET_SHARES).images).latent_dist
+    latents = vae.config.scaling_factor * (posterior.mean + posterior.std * torch.randn(posterior.mean.shape))
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("latents", ["8x8x8", "32x4x4"])
+def test_an_exported_model_is_a_base_model_and_its_errors_are_told(tmp_path, monkeypatch, settings, latents):
+    monkeypatch.setattr(script, "POOL_IMAGES", 16)
+    runner = CliRunner(catch_exceptions=False)
+    for stage in ("vae", "unet"):
+        options = [stage, "--state", str(tmp_path), "--latents", latents, "--steps", "2", "--batch-size", "4"]
+        assert runner.invoke(script.cli, options).exit_code == 0
+    options = ["export", "--state", str(tmp_path), "--latents", latents, "--to", str(tmp_path / "base")]
+    assert runner.invoke(script.cli, options).exit_code == 0
+    base = load_base_model(dataclasses.replace(settings, base_model=str(tmp_path / "base"), base_image_size=32))
+    channels, size, _ = (int(number) for number in latents.split("x"))
+    assert (base.tokens, base.width, base.latent_channels, 32 // base.vae_scale) == (8, 64, channels, size)
+    assert base.vae_config["scaling_factor"] == pytest.approx(script.load_vae(tmp_path, latents).config.scaling_factor)
+    average = torch.load(tmp_path / "unet.pt", weights_only=True)["ema"]
+    for name, value in base.unet.state_dict().items():  # the average, in half precision
+        assert torch.equal(value, average[f"unet.{name}"].half().float())
+    with Image.open(tmp_path / "base" / "samples.png") as samples:
+        assert samples.size == (24 * 64, 10 * 64)
+
+    grey = np.full((5, 28, 28), 128, np.uint8)
+    np.savez(tmp_path / "grey.npz", train_images=grey)
+    result = runner.invoke(script.cli, ["errors", "--state", str(tmp_path), "--latents", latents,
+                                        str(tmp_path / "grey.npz")])  # fmt: skip
+    images = torch.full((1, 3, 32, 32), 128 / 127.5 - 1)
+    vae = script.load_vae(tmp_path, latents)
+    error = (vae.decode(vae.encode(images).latent_dist.mean).sample - images).abs().mean().item() * 127.5
+    assert f"grey: {error:.2f} of 255" in result.output and "mixture: " in result.output
+
+
+@KINDS
 def test_pictures_of_each_kind_vary_repeat_and_stay_in_range(painter):
     first, again = (mixture.painted(painter, drawing.Dice(torch.Generator().manual_seed(0)), 48) for _ in range(2))
     assert first.images.shape == (48, 3, 32, 32) and first.images.min() >= -1 and first.images.max() <= 1
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in first.__dataclass_fields__)
     assert first.images.flatten(1).std(1).min() > 0.01  # none is one flat colour
     assert first.images.std(0).mean() > 0.15  # and they differ from each other
-    assert len(first.subject.unique()) == (1 if painter is not glyphs.glyphs else len(first.subject.unique()))
+    assert set(mixture.kind_of(first.subject).tolist()) == {mixture.PAINTERS.index(painter)}
     for numbers, width in ((first.colours, 9), (first.geometry, 6), (first.rendering, 10)):
-        assert numbers.shape == (48, width) and numbers.abs().max() <= 1.5
+        assert numbers.shape == (48, width) and numbers.abs().max() <= 1.2 + 1e-5  # a glyph's blur, in pixels
+    drawn = painter(drawing.Dice(torch.Generator().manual_seed(0)), 48)  # before a camera cuts the range
+    assert drawn.images.min() >= -1e-5 and drawn.images.max() <= 1 + 1e-5
 
 
 def test_the_mixture_has_every_kind_in_its_share():
     batch = mixture.draw(4000, torch.Generator().manual_seed(0), mixture.UNET_SHARES)
-    kind = (batch.subject - len(glyphs.CHARACTERS) + 1).clamp_min(0)
+    kind = mixture.kind_of(batch.subject)
     shares = torch.bincount(kind, minlength=len(mixture.PAINTERS)) / len(batch)
     assert torch.allclose(shares, torch.tensor(mixture.UNET_SHARES), atol=0.03)
     assert abs(kind[:1000].float().mean() - kind[3000:].float().mean()) < 0.4  # in random order
@@ -74,15 +151,87 @@ def test_the_mixture_has_every_kind_in_its_share():
     assert 0.4 < (characters < 10).float().mean() < 0.6
 
 
-def test_what_is_told_is_what_is_shown():
-    """Paper's colour at the corners of a silhouette, ink's in its middle; a cell without lobes has no nucleus."""
-    dice = drawing.Dice(torch.Generator().manual_seed(0))
-    cells = mixture.cells(dice, 400)
-    middle = cells.images[:, :, 30:34, 30:34].mean((2, 3))
-    to_accent, to_ink = ((middle - cells.colours[:, i]).abs().mean(1) for i in (2, 1))
-    without = torch.tensor([variant == "0 lobes" for variant in cells.variant])
-    single = torch.tensor([variant == "1 lobes" for variant in cells.variant])
+class Other(drawing.Dice):
+    """The same dice, but for one told number, which has the other sign: column `column` of the `call`th such table."""
+
+    def __init__(self, call, column):
+        super().__init__(torch.Generator().manual_seed(0))
+        self.call, self.column, self.width = call, column, None
+
+    def uniform(self, *shape, low=0.0, high=1.0):
+        values = super().uniform(*shape, low=low, high=high)
+        if (low, high) == (-1, 1) and len(shape) == 2:  # geometry, then rendering
+            if self.call == 0:
+                self.width = shape[1]
+                values[:, self.column : self.column + 1] *= -1
+            self.call -= 1
+        return values
+
+
+def told_and_shown(one, other):
+    """Of two batches: which pictures are told differently, and which are different."""
+    told = torch.zeros(len(one.images), dtype=torch.bool)
+    for name in ("colours", "geometry", "rendering"):
+        told |= (getattr(one, name) != getattr(other, name)).flatten(1).any(1)
+    return told, (one.images - other.images).abs().amax((1, 2, 3)) > 1 / 255
+
+
+@KINDS
+def test_every_told_number_shows_and_no_other(painter):
+    """Rendering of photographs is zero; characters' rendering is drawn on its own (next test)."""
+    one, tables = painter(Other(9, 0), 64), 0
+    for call in range(2):
+        width = column = 0
+        while column <= width:
+            dice = Other(call, column)
+            other = painter(dice, 64)
+            if dice.width is None:
+                break
+            tables, width = tables + (column == 0), dice.width - 1
+            told, shown = told_and_shown(one, other)
+            assert not (shown & ~told).any(), (call, column)
+            assert told.any() and shown[told].float().mean() > 0.7, (call, column)  # others may hide
+            column += 1
+    assert tables == (1 if painter in (glyphs.glyphs, photographs.crops) else 2)
+
+
+@pytest.mark.parametrize("colour", range(3))
+@pytest.mark.parametrize("painter", mixture.PAINTERS[1:-1], ids=mixture.KINDS[1:-1])
+def test_every_told_colour_shows_and_no_other(painter, colour, monkeypatch):
+    one = painter(drawing.Dice(torch.Generator().manual_seed(0)), 64)
+
+    def palettes(*given, **named):
+        colours = drawing.palettes(*given, **named)
+        colours[:, colour] = (colours[:, colour] + 0.4) % 1.0
+        return colours
+
+    for module in (cells, surfaces):
+        monkeypatch.setattr(module, "palettes", palettes)
+    told, shown = told_and_shown(one, painter(drawing.Dice(torch.Generator().manual_seed(0)), 64))
+    assert not (shown & ~told).any() and (not told.any() or shown[told].float().mean() > 0.85)
+    assert told.any() or (colour == 2 and painter in (surfaces.stripes, surfaces.textures))  # two colours only
+
+
+def test_glyphs_and_photographs_are_told_their_own_colours():
+    shown = glyphs.glyphs(drawing.Dice(torch.Generator().manual_seed(0)), 64)
+    corner = shown.images[:, :, :2, :2].mean((2, 3))
+    to_paper, to_ink = ((corner - shown.colours[:, i]).abs().mean(1) for i in (0, 1))
+    assert to_paper.median() < 0.01 < to_ink.median() and (to_paper < to_ink).float().mean() > 0.9
+    shown = photographs.crops(drawing.Dice(torch.Generator().manual_seed(0)), 64)
+    border = torch.ones(64, 64, dtype=torch.bool)
+    border[16:-16, 16:-16] = False
+    assert torch.allclose(shown.images[:, :, border].mean(2), shown.colours[:, 0], atol=1e-4)
+    assert torch.allclose(shown.images[:, :, ~border].mean(2), shown.colours[:, 1], atol=1e-4)
+
+
+def test_a_cell_without_lobes_has_no_nucleus_and_a_nucleus_stays_in_its_cell():
+    shown = mixture.cells(drawing.Dice(torch.Generator().manual_seed(0)), 400)
+    middle = shown.images[:, :, 30:34, 30:34].mean((2, 3))
+    to_accent, to_ink = ((middle - shown.colours[:, i]).abs().mean(1) for i in (2, 1))
+    without = torch.tensor([variant == "0 lobes" for variant in shown.variant])
+    single = torch.tensor([variant == "1 lobes" for variant in shown.variant])
     assert (to_ink < to_accent)[without].float().mean() > 0.8 and (to_accent < to_ink)[single].float().mean() > 0.8
+    assert (shown.colours[:, 2] - shown.colours[:, 1]).abs().mean(1).min() > 0.05
 
 
 def test_photographs_are_none_of_a_data_set_that_is_scored():
@@ -90,7 +239,7 @@ def test_photographs_are_none_of_a_data_set_that_is_scored():
     assert len(names) == len(pictures) == 13 and not {"retina", "immunohistochemistry", "microaneurysms"} & set(names)
     assert all(picture.shape[0] == 3 and picture.min() >= 0 and picture.max() <= 1 for picture in pictures)
     card = (PROJECT_ROOT / "sdlab" / "tiny" / "README.md").read_text()
-    assert all(name.removesuffix(".jpg") in card for name in names)
+    assert all(f"`{name}`" in card for name in names)
 
 
 def test_fonts_are_matplotlibs_own_and_differ():
@@ -105,20 +254,44 @@ def test_what_is_shown_reaches_the_condition_and_can_be_left_out():
     encoder = script.ThrowawayTextEncoder()
     full = encoder(shown, torch.ones(8, 8))
     assert full.shape == (8, 8, 64) and not encoder(shown, torch.zeros(8, 8)).any()
-    for name, tokens in (
-        ("subject", (0, 1, 6, 7)),
-        ("variant", (2,)),
-        ("colours", (3, 4, 5)),
-        ("geometry", (6,)),
-        ("rendering", (7,)),
-    ):
-        other = mixture.Batch(**{n: getattr(shown, n) for n in shown.__dataclass_fields__})
-        setattr(other, name, getattr(shown, name).flip(0))
-        changed = (encoder(other, torch.ones(8, 8)) - full).abs().amax((0, 2)) > 0
-        assert set(changed.nonzero().flatten().tolist()) == set(tokens), name
+
+    def tokens_that_change(**others):
+        changed = encoder(dataclasses.replace(shown, **others), torch.ones(8, 8)) - full
+        return set((changed.abs().amax((0, 2)) > 0).nonzero().flatten().tolist())
+
+    assert tokens_that_change(subject=shown.subject.flip(0)) == {0, 1, 6, 7}
+    assert tokens_that_change(variant=shown.variant.flip(0)) == {2}
+    for token in range(3):
+        colours = shown.colours.clone()
+        colours[:, token * 3] += 0.1
+        assert tokens_that_change(colours=colours) == {3 + token}
+    assert tokens_that_change(geometry=shown.geometry.flip(0)) == {6}
+    assert tokens_that_change(rendering=shown.rendering.flip(0)) == {7}
     keep = script.keep_tokens(20000, torch.Generator().manual_seed(0))
     expected = 1 - (1 - script.CONDITION_DROPOUT) * (1 - torch.tensor(script.TOKEN_DROPOUT))
     assert torch.allclose(1 - keep.mean(0), expected, atol=0.02)
+
+
+def test_names_are_counted_once():
+    for names in (mixture.subjects(), mixture.variants()):
+        assert sorted(names.values()) == list(range(len(names)))
+    assert len(mixture.subjects()) == 62 + 8 and len(mixture.KINDS) == len(mixture.PAINTERS) == 9
+    assert sum(mixture.VAE_SHARES) == pytest.approx(1) and sum(mixture.UNET_SHARES) == pytest.approx(1)
+
+
+def test_the_conditions_gradient_is_the_same_with_two_threads():
+    shown = mixture.draw(64, torch.Generator().manual_seed(0), mixture.UNET_SHARES)
+    encoder, threads = script.ThrowawayTextEncoder(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(20):
+            encoder.zero_grad()
+            encoder(shown, torch.ones(64, 8)).square().sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
