@@ -331,7 +331,7 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
         clean = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
         clean = clean * autoencoder.config.scaling_factor
         noise = torch.randn(clean.shape, generator=generator)
-        # One timestep in each 64th of the schedule: every batch has all noise levels.
+        # One timestep in each of batch_size equal parts of the schedule: every batch has all noise levels.
         timesteps = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) * (1000 / batch_size)
         timesteps = timesteps.long().clamp_max(999)
         tokens = both["text"](drawn.rows(rows), keep_tokens(batch_size, generator))
@@ -367,8 +367,8 @@ def export(state: Path, seed: int, threads: int, latents: str, to: Path) -> None
 
 @torch.no_grad()
 def draw_samples(autoencoder, both, scheduler, path: Path, columns: int = 24) -> None:
-    """Pairs of rows of drawn pictures, the same decoded, and generated from what is told of them, with guidance 1 and 2
-    and with geometry and variant left out."""
+    """Two blocks of five rows: pictures as drawn; the same decoded; generated from what is told of them with guidance 1
+    and 2; and with guidance 2 without variant and geometry."""
     generator = step_generator(1, "samples", 0)
     shown = draw(columns * 2, generator, UNET_SHARES)
     decoded = autoencoder.decode(autoencoder.encode(shown.images).latent_dist.mean).sample
