@@ -12,8 +12,9 @@ Like SD's text encoder they are thrown away; a UNet with cross-attention on (tok
 
 (docs/log.md says how the committed weights were made.)
 
-Every random number derives from (seed, step), so an interrupted run resumes from its state file, and the
-first steps repeat exactly on one machine with the same number of threads. `train_log.csv` is in the state's folder.
+Every random number derives from (seed, step): a run repeats exactly, cut and resumed or not, on one machine with the
+same number of threads. Next to a stage's state is its log, `vae.csv` or `unet.csv`: step, mean loss of the last steps
+(of the VAE: L1 in [-1, 1]), mean seconds a step since the process started.
 """
 
 import csv
@@ -38,13 +39,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 TOKENS, WIDTH = 8, 64  # of encoder_hidden_states
-# How often each of the eight tokens is left out. Geometry and variant mostly are, so that the model
-# varies what it was not given: a class condition is one condition for many different images.
+# How often each of the eight tokens is left out: geometry mostly, the variant in half the pictures, so that the model
+# varies what it was not given. A class condition is one condition for many different images.
 TOKEN_DROPOUT = (0.05, 0.3, 0.5, 0.3, 0.3, 0.3, 0.7, 0.3)
 CONDITION_DROPOUT = 0.1  # classifier-free guidance (Ho and Salimans 2022): all tokens zero
 VAE_RATE, UNET_RATE = 5e-4, 1e-3  # peak learning rates of AdamW
-KL_WEIGHT = 3e-4  # of the posterior's nats for each number of an image, next to that number's error
-POOL_IMAGES, SHOWN = 1024, 4  # so many images are drawn together, and each is shown so often, on average
+KL_WEIGHT = 3e-4  # nats of the posterior, divided by how many numbers an image has; error: L1 + squared, in [-1, 1]
+POOL_IMAGES, SHOWN = 1024, 4  # images are drawn 1,024 at a time; each is shown four times, on average
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                  prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # fmt: skip
@@ -55,14 +56,13 @@ class ThrowawayTextEncoder(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.subject = torch.nn.Embedding(len(subjects()), WIDTH)
-        self.subject_style = torch.nn.Embedding(len(subjects()), WIDTH)
+        self.subject = torch.nn.Embedding(len(subjects()), 2 * WIDTH)  # two tokens
         self.variant = torch.nn.Embedding(len(variants()), WIDTH)
         self.paper, self.ink, self.accent = (torch.nn.Linear(COLOURS // 3, WIDTH) for _ in range(3))
         # What the numbers of geometry and rendering mean is each kind's own, and all characters are of one kind.
         self.geometry = torch.nn.Parameter(torch.randn(len(KINDS), 1 + GEOMETRY, WIDTH) * 0.3)
         self.rendering = torch.nn.Parameter(torch.randn(len(KINDS), 1 + RENDERING + CAMERA, WIDTH) * 0.3)
-        for embedding in (self.subject, self.subject_style, self.variant):
+        for embedding in (self.subject, self.variant):
             torch.nn.init.normal_(embedding.weight, std=0.5)
 
     def forward(self, shown: Batch, keep: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class ThrowawayTextEncoder(torch.nn.Module):
             torch.einsum("nk,ni,kiw->nw", kind, torch.cat([torch.ones(len(numbers), 1), numbers], 1), weight)
             for numbers, weight in ((shown.geometry, self.geometry), (shown.rendering, self.rendering))
         )
-        tokens = [self.subject(shown.subject), self.subject_style(shown.subject), self.variant(shown.variant),
+        tokens = [*self.subject(shown.subject).chunk(2, 1), self.variant(shown.variant),
                   self.paper(paper), self.ink(ink), self.accent(accent),
                   geometry, rendering]  # fmt: skip
         return torch.stack(tokens, 1) * keep[:, :, None]
@@ -92,9 +92,9 @@ def keep_tokens(count: int, generator: torch.Generator) -> torch.Tensor:
 def new_vae(latents: str) -> AutoencoderKL:
     """32 px <-> channels x size x size, as in "8x8x8".
 
-    It begins as a chain of orthogonal linear maps with a narrow posterior: all residual branches are zero. From
-    diffusers' own beginning a batch's colours shrink on their way, and training stays for thousands of steps where
-    three latent channels of eight are used and one colour axis is lost (docs/log.md).
+    Its convolutions begin orthogonal, its residual branches zero, its posterior narrow (standard deviation e^-2). From
+    diffusers' own beginning colours shrink on their way through a dozen convolutions: for a thousand steps or more only
+    three latent channels of eight are used, and one colour axis is lost (docs/log.md).
     """
     channels, size, _ = (int(number) for number in latents.split("x"))
     widths = {4: (16, 32, 64, 64), 8: (16, 32, 64)}[size]
@@ -131,23 +131,30 @@ def new_unet(latents: str) -> UNet2DConditionModel:
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
+    """Random numbers that depend on seed, stage and step only, so that a resumed run draws what an uncut one does."""
     mixed = np.random.SeedSequence([seed, *stage.encode(), step]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> 1))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Of AdamW at a step: a linear rise, then half a cosine to zero at `steps`."""
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def read_state(path: Path, drawn_from: dict) -> dict:
-    """A stage's state file, if it was made with the same settings."""
+def load(path: Path) -> dict:
+    """A stage's state file, if this script wrote it."""
+    if not path.exists():
+        raise click.ClickException(f"{path} does not exist: run `{path.stem}` with this --state first.")
     saved = torch.load(path, weights_only=True)
-    found = saved["drawn_from"]
-    if found != drawn_from:
-        found = ", ".join(f"{key} {value}" for key, value in found.items()) if isinstance(found, dict) else found
-        asked = ", ".join(f"{key} {value}" for key, value in drawn_from.items())
-        raise click.ClickException(f"{path} was made with {found}, not {asked}: give the same, or another --state.")
+    if not isinstance(saved.get("drawn_from"), dict):
+        raise click.ClickException(f"{path} was made by an older form of this script: give another --state.")
     return saved
+
+
+def check_settings(path: Path, saved: dict, drawn_from: dict) -> None:
+    if saved["drawn_from"] != drawn_from:
+        found, asked = (", ".join(f"{k} {v}" for k, v in said.items()) for said in (saved["drawn_from"], drawn_from))
+        raise click.ClickException(f"{path} was made with {found}, not {asked}: give the same, or another --state.")
 
 
 class Trainer:
@@ -156,14 +163,16 @@ class Trainer:
     def __init__(self, stage: str, module: torch.nn.Module, state: Path, lr: float, drawn_from: dict):
         self.stage, self.module, self.path, self.lr, self.step = stage, module, state / f"{stage}.pt", lr, 0
         self.drawn_from = drawn_from  # what must not change on resume: seed, batch size, latents, ...
+        self.log = []  # rows of step, mean loss, mean seconds a step
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         state.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            saved = read_state(self.path, drawn_from)
+            saved = load(self.path)
+            check_settings(self.path, saved, drawn_from)
             module.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.ema, self.step = saved["ema"], saved["step"]
+            self.ema, self.step, self.log = saved["ema"], saved["step"], saved["log"]
 
     def save(self) -> None:
         saved = dict(
@@ -172,16 +181,15 @@ class Trainer:
             ema=self.ema,
             step=self.step,
             drawn_from=self.drawn_from,
+            log=self.log,
         )
         torch.save(saved, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
+        with self.path.with_suffix(".csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(self.log)
 
     def run(self, loss_of_step, steps: int) -> None:
-        log = self.path.parent / "train_log.csv"
-        if log.exists():  # without what was logged after the state was saved: those steps come again
-            lines = [line.split(",") for line in log.read_text().splitlines()]
-            kept = [line for line in lines if line[0] != self.stage or int(line[1]) <= self.step]
-            log.write_text("".join(",".join(line) + "\n" for line in kept))
+        """Up to `steps`, the end of the learning rate's schedule. A state beyond it is left as it is."""
         losses, started, first = [], time.perf_counter(), self.step
         bar = tqdm(total=steps, initial=self.step, desc=self.stage, mininterval=10)
         while self.step < steps:
@@ -195,18 +203,20 @@ class Trainer:
             self.step += 1
             decay = min(0.999, (1 + self.step) / (10 + self.step))
             for name, value in self.module.state_dict().items():
-                self.ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.ema[name].copy_(value)
+                if value.is_floating_point():
+                    self.ema[name].lerp_(value, 1 - decay)
+                else:
+                    self.ema[name].copy_(value)
             losses.append(shown)
             bar.update()
-            if self.step % LOG_EVERY == 0:
+            if self.step % LOG_EVERY == 0 or self.step == steps:
                 seconds = (time.perf_counter() - started) / (self.step - first)
-                with log.open("a", newline="") as file:
-                    csv.writer(file, lineterminator="\n").writerow(
-                        [self.stage, self.step, f"{np.mean(losses):.5f}", f"{seconds:.3f}"]
-                    )
+                self.log.append([self.step, round(float(np.mean(losses)), 5), round(seconds, 3)])
+                bar.set_postfix(loss=self.log[-1][1], refresh=False)
                 losses = []
             if self.step % SAVE_EVERY == 0 or self.step == steps:
                 self.save()
+        bar.close()
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -217,16 +227,12 @@ def cli() -> None:
     """Pretrain `tiny`: vae, then unet, then export."""
 
 
-LATENTS = [f"{channels}x{size}x{size}" for size in (4, 8) for channels in (4, 8, 12, 16, 32)]
-
-
-def common(command):
-    for option in (click.option("--state", type=click.Path(path_type=Path), required=True, help="folder of state files"),
-                   click.option("--seed", default=0), click.option("--threads", default=0, help="0: torch's choice"),
-                   click.option("--latents", default="8x8x8", type=click.Choice(LATENTS),
-                                help="channels x height x width")):  # fmt: skip
-        command = option(command)
-    return command
+STATE = click.option("--state", type=click.Path(path_type=Path), required=True, help="folder of state files")
+LATENTS = click.option("--latents", default="8x8x8", help="channels x height x width",
+                       type=click.Choice([f"{c}x{size}x{size}" for size in (4, 8) for c in (4, 8, 12, 16, 32)]))  # fmt: skip
+SEED = click.option("--seed", default=0)
+THREADS = click.option("--threads", default=0, help="0: torch's choice")
+STEPS_HELP = "end of the learning rate's schedule: give the same to resume"
 
 
 def start(seed: int, threads: int) -> None:
@@ -236,8 +242,11 @@ def start(seed: int, threads: int) -> None:
 
 
 @cli.command()
-@common
-@click.option("--steps", default=12000)
+@STATE
+@LATENTS
+@SEED
+@THREADS
+@click.option("--steps", default=12000, help=STEPS_HELP)
 @click.option("--batch-size", default=16)
 def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_size: int) -> None:
     """L1 + squared error, and a KL that keeps the latents smooth."""
@@ -265,13 +274,10 @@ def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_si
 
 @torch.no_grad()
 def load_vae(state: Path, latents: str) -> AutoencoderKL:
-    """The averaged VAE, with the scaling factor that gives latents of the mixture unit variance."""
-    path = state / "vae.pt"
-    if not path.exists():
-        raise click.ClickException(f"{path} does not exist: run `vae` with this --state first.")
-    saved = torch.load(path, weights_only=True)
+    """The averaged VAE, with the scaling factor that gives the latents of the UNet's mixture unit variance."""
+    saved = load(state / "vae.pt")
     if (found := saved["drawn_from"]["latents"]) != latents:
-        raise click.ClickException(f"{path} has latents {found}, not {latents}: give --latents {found}.")
+        raise click.ClickException(f"{state / 'vae.pt'} has latents {found}, not {latents}: give --latents {found}.")
     model = new_vae(latents)
     model.load_state_dict(saved["ema"])
     model.requires_grad_(False).eval()
@@ -282,25 +288,25 @@ def load_vae(state: Path, latents: str) -> AutoencoderKL:
     return model
 
 
-def digest(model: torch.nn.Module) -> str:
-    """Of a model's weights: a UNet's state belongs to one VAE."""
-    weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:16]
+def identity(autoencoder: AutoencoderKL) -> str:
+    """Of a VAE's weights and scaling factor: a UNet belongs to one VAE."""
+    weights = b"".join(value.numpy().tobytes() for value in autoencoder.state_dict().values())
+    return f"{hashlib.sha256(weights).hexdigest()[:16]} x {autoencoder.config.scaling_factor}"
 
 
 @cli.command()
-@common
+@STATE
+@LATENTS
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True))
-def errors(state: Path, seed: int, threads: int, latents: str, files: tuple[Path, ...]) -> None:
+def errors(state: Path, latents: str, files: tuple[Path, ...]) -> None:
     """Mean error of round trips through the VAE, of 255: the mixture's own images and the first 1,000 of each npz."""
-    start(seed, threads)
     model = load_vae(state, latents)
-    sets = {"mixture": draw(1000, step_generator(1, "errors", 0), VAE_SHARES).images}
+    sets = [("mixture", draw(1000, step_generator(1, "errors", 0), VAE_SHARES).images)]
     for path in files:
         images = torch.from_numpy(np.load(path)["train_images"][:1000]).float()
         images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None].expand(-1, 3, -1, -1)
-        sets[path.stem] = F.interpolate(images, SIZE, mode="bilinear", antialias=True) / 127.5 - 1
-    for name, images in sets.items():
+        sets.append((str(path), F.interpolate(images, SIZE, mode="bilinear", antialias=True) / 127.5 - 1))
+    for name, images in sets:
         with torch.no_grad():
             decoded = [model.decode(model.encode(part).latent_dist.mean).sample for part in images.split(64)]
         error = (torch.cat(decoded).clamp(-1, 1) - images).abs().mean() * 127.5
@@ -308,8 +314,11 @@ def errors(state: Path, seed: int, threads: int, latents: str, files: tuple[Path
 
 
 @cli.command()
-@common
-@click.option("--steps", default=20000)
+@STATE
+@LATENTS
+@SEED
+@THREADS
+@click.option("--steps", default=20000, help=STEPS_HELP)
 @click.option("--batch-size", default=64)
 def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_size: int) -> None:
     """The epsilon loss of a latent diffusion model, AdamW, cosine decay, an average of the weights."""
@@ -340,19 +349,22 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
         return loss, loss.item()
 
     drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, SHOWN])
-    drawn_from["vae"] = digest(autoencoder)
+    drawn_from["vae"] = identity(autoencoder)
     Trainer("unet", both, state, UNET_RATE, drawn_from).run(loss_of_step, steps)
 
 
 @cli.command()
-@common
+@STATE
+@LATENTS
 @click.option("--to", type=click.Path(path_type=Path), required=True)
-def export(state: Path, seed: int, threads: int, latents: str, to: Path) -> None:
+def export(state: Path, latents: str, to: Path) -> None:
     """Write vae/, unet/, scheduler/ as diffusers folders, and samples.png: pictures drawn, decoded, generated."""
-    start(seed, threads)
     autoencoder, scheduler = load_vae(state, latents), DDIMScheduler(**SCHEDULER)
+    saved = load(state / "unet.pt")
+    if (found := saved["drawn_from"].get("vae")) != identity(autoencoder):
+        raise click.ClickException(f"{state / 'unet.pt'} was trained with another VAE ({found}): train it again.")
     both = torch.nn.ModuleDict(dict(unet=new_unet(latents), text=ThrowawayTextEncoder()))
-    both.load_state_dict(torch.load(state / "unet.pt", weights_only=True)["ema"])
+    both.load_state_dict(saved["ema"])
     # Half precision halves the files in git. The samples are drawn with the same values, as float32.
     for name, model in (("vae", autoencoder), ("unet", both["unet"])):
         model.half().save_pretrained(to / name)

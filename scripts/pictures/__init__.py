@@ -1,1 +1,1 @@
-"""What `tiny` is pretrained on: glyphs, procedural pictures, crops of photographs, each with a description of itself."""
+"""What `tiny` is pretrained on: glyphs, procedural pictures, crops of photographs, each with what it shows."""

@@ -1,23 +1,39 @@
-"""Blobs and cells: round bodies with nuclei of one to five lobes and granules, among others, on a lit ground."""
+"""Round bodies with granules and a nucleus, as cells are; branching lines on a lit ground, as vessels are."""
 
 import torch
 import torch.nn.functional as F
 
-from pictures.drawing import CANVAS, Dice, Pictures, apart, blob, canvas, each, inside, lump_noise, paint, palettes
+from pictures.drawing import (
+    CANVAS,
+    Dice,
+    Pictures,
+    apart,
+    blob,
+    canvas,
+    each,
+    inside,
+    lump_noise,
+    numbers,
+    paint,
+    palettes,
+)
 
-LOBES = 5  # at most
+LOBES, OTHERS = 5, 6  # at most: lobes of a nucleus; other cells, and lesions
 
 
 def cells(dice: Dice, count: int) -> Pictures:
     """One body in or near the middle, up to six others around it.
 
     Geometry: the body's radius, the nucleus' share of it, eccentricity, wobble, shift x, shift y. Rendering: strength
-    and size of granules, others around it, how pale their middle is, softness of edges, texture of the nucleus.
+    of granules, their size (1: coarse, -1: fine), number of others around it, how pale their middle is, softness of
+    edges, texture of the nucleus.
     """
     colours = palettes(dice, count)
     colours[:, 2] = apart(colours[:, 2], colours[:, 1], 0.08)  # a nucleus that can be told from its cell
     paper, ink, accent = colours.unbind(1)
-    geometry, rendering = dice.uniform(count, 6, low=-1, high=1), dice.uniform(count, 6, low=-1, high=1)
+    geometry, rendering = numbers(dice, count, 6, 6)
+    number = tell_number(rendering, 2, (rendering[:, 2] + 1) * 3.5)
+    rendering[number == 0, 3] = 0
     radius = 0.55 + 0.35 * geometry[:, 0]
     softness = each(0.03 + 0.03 * (rendering[:, 4] + 1))
     x, y = geometry[:, 4] * 0.2, geometry[:, 5] * 0.2
@@ -25,9 +41,8 @@ def cells(dice: Dice, count: int) -> Pictures:
 
     # The others: a colour of their own in half the pictures, the body's in the rest; pale in the middle, as red cells.
     others = torch.where(dice.uniform(count, 1) < 0.5, ink, (paper + accent) / 2)
-    number = (rendering[:, 2] + 1) * 3.5
     around, size = dice.uniform(count, high=2 * torch.pi), dice.uniform(count, low=0.3, high=0.6)
-    for index in range(6):
+    for index in range(OTHERS):
         angle = around + index * torch.pi / 3 + dice.normal(count) * 0.15
         away = dice.uniform(count, low=0.75, high=1.3)
         distance = blob(
@@ -38,6 +53,7 @@ def cells(dice: Dice, count: int) -> Pictures:
 
     body = blob(dice, x, y, radius, 0.12 * (geometry[:, 3] + 1), 0.25 * (geometry[:, 2] + 1))
     fine, coarse = lump_noise(dice, count, 24), lump_noise(dice, count, 12)
+    rendering[:, 1] = torch.where(rendering[:, 1] > 0, 1.0, -1.0)
     granules = torch.where(each(rendering[:, 1]) > 0, coarse, fine)
     granules = torch.sigmoid((granules - 0.5) * 4) * each(0.35 * (rendering[:, 0] + 1))
     flesh = paint(ink[:, :, None, None] * (1 + 0.05 * lump_noise(dice, count, 8)), (accent + 2 * ink) / 3, granules)
@@ -45,6 +61,7 @@ def cells(dice: Dice, count: int) -> Pictures:
 
     # The nucleus: lobes on a circle around the body's middle, melted together.
     lobes = dice.one_of((0.15, 0.35, 0.15, 0.15, 0.1, 0.1), count)
+    geometry[lobes == 0, 1], rendering[lobes == 0, 5] = 0, 0
     share = 0.55 + 0.3 * geometry[:, 1]
     nucleus = torch.full_like(body, 10.0)
     turn = dice.uniform(count, high=2 * torch.pi)
@@ -70,6 +87,13 @@ def cells(dice: Dice, count: int) -> Pictures:
     )
 
 
+def tell_number(rendering: torch.Tensor, column: int, number: torch.Tensor) -> torch.Tensor:
+    """How many there are, 0 ... 6, of `number` rounded up; told in a column of `rendering` as -1 ... 1."""
+    number = number.ceil().clamp(0, OTHERS)
+    rendering[:, column] = number / OTHERS * 2 - 1
+    return number
+
+
 def vessels(dice: Dice, count: int) -> Pictures:
     """Branching lines on a shaded ground, with a disc that they leave from, a dark spot across from it, lesions, and in
     half the pictures a round aperture.
@@ -79,7 +103,9 @@ def vessels(dice: Dice, count: int) -> Pictures:
     """
     colours = palettes(dice, count, contrast=0.05)
     paper, ink, accent = colours.unbind(1)
-    geometry, rendering = dice.uniform(count, 6, low=-1, high=1), dice.uniform(count, 6, low=-1, high=1)
+    geometry, rendering = numbers(dice, count, 6, 6)
+    number = tell_number(rendering, 3, (rendering[:, 3] + 1) * 3)
+    rendering[number == 0, 2] = 0
     grid_x, grid_y = canvas()
     distance_from_middle = (grid_x**2 + grid_y**2).sqrt()
     disc_x, disc_y = geometry[:, 0] * 0.75, geometry[:, 1] * 0.5
@@ -105,8 +131,8 @@ def vessels(dice: Dice, count: int) -> Pictures:
     )
     images = paint(images, accent, inside(disc, 0.05) * each(0.5 * (rendering[:, 1] + 1)))
 
-    for index in range(6):
-        there = (rendering[:, 3] + 1) * 3 > index
+    for index in range(OTHERS):
+        there = number > index
         radius = dice.uniform(count, low=0.02, high=0.16)
         place = dice.uniform(2, count, low=-0.8, high=0.8)
         lesion = blob(dice, place[0], place[1], radius, dice.uniform(count) * 0.5, dice.uniform(count) * 0.5)

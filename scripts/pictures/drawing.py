@@ -1,7 +1,7 @@
 """What all painters share: random numbers, a canvas, soft shapes, noise, palettes.
 
-Images are float (count, 3, 64, 64) in [0, 1] until `mixture.py` averages them down to 32 px. Positions on the canvas
-go from -1 (left, top) to 1.
+Images are float (count, 3, 64, 64) in [0, 1] until `mixture.py` averages them down to 32 px; glyphs have 32 px already.
+Positions on the canvas go from -1 (left, top) to 1.
 """
 
 from dataclasses import dataclass
@@ -45,6 +45,13 @@ class Dice:
     def one_of(self, shares: tuple[float, ...], count: int) -> torch.Tensor:
         """Indices (count,), index i as often as its share."""
         return torch.multinomial(torch.tensor(shares), count, replacement=True, generator=self.generator)
+
+
+def numbers(dice: Dice, count: int, geometry: int, rendering: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Geometry and rendering of which so many numbers are used, in [-1, 1]; the rest is 0, as it is not shown."""
+    widths = ((geometry, GEOMETRY), (rendering, RENDERING))
+    drawn = [(dice.uniform(count, used, low=-1, high=1), torch.zeros(count, all_ - used)) for used, all_ in widths]
+    return torch.cat(drawn[0], 1), torch.cat(drawn[1], 1)
 
 
 def each(values: torch.Tensor) -> torch.Tensor:
@@ -103,7 +110,8 @@ def frequencies() -> torch.Tensor:
 
 
 def natural_noise(dice: Dice, slope: torch.Tensor, channels: int = 1) -> torch.Tensor:
-    """Noise whose amplitude falls as frequency ** -slope (photographs: about 1): unit variance (count, channels, 64, 64)."""
+    """Noise whose amplitude falls as frequency ** -slope (photographs: about 1): unit variance,
+    (count, channels, 64, 64)."""
     white = torch.fft.rfft2(dice.normal(len(slope), channels, CANVAS, CANVAS))
     noise = torch.fft.irfft2(white * frequencies() ** -each(slope), s=(CANVAS, CANVAS))
     noise = noise - noise.mean((2, 3), keepdim=True)
@@ -131,7 +139,7 @@ def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -
 
 def palettes(dice: Dice, count: int, contrast: float = 0.15) -> torch.Tensor:
     """Paper, ink and accent of each picture (count, 3, 3): any colours, one hue, grey, stains on light paper, or dark
-    paper. Ink and paper differ by at least `contrast` in the mean of R, G and B."""
+    paper. Ink and paper differ by `contrast` or more, averaged over R, G and B."""
     free = dice.uniform(count, 3, 3)
     base, spread = dice.uniform(count, 1), dice.normal(count, 3) * 0.06
     hued = from_hsv(base + spread, dice.uniform(count, 3), dice.uniform(count, 3, low=0.1))
@@ -149,8 +157,8 @@ def palettes(dice: Dice, count: int, contrast: float = 0.15) -> torch.Tensor:
 
 
 def apart(colour: torch.Tensor, other: torch.Tensor, contrast: float) -> torch.Tensor:
-    """`colour` (count, 3), made much lighter or darker where it differs from `other` by less than `contrast` in the
-    mean of R, G and B."""
+    """`colour` (count, 3), made much lighter or darker where it differs from `other` by less than `contrast`, averaged
+    over R, G and B."""
     near = (colour - other).abs().mean(1, keepdim=True) < contrast
     far = torch.where(other.mean(1, keepdim=True) < 0.5, 1 - colour * 0.4, colour * 0.4)
     return torch.where(near, far, colour)

@@ -19,7 +19,7 @@ RESOLUTION_SHARES = (0.30, 0.15, 0.15, 0.15, 0.10, 0.15)
 
 @cache
 def glyph_bank() -> tuple[torch.Tensor, list[str]]:
-    """Every character in every font that has them all: masks (fonts, characters, 64, 64) in [0, 1]."""
+    """Every character in every font but those of symbols: masks (fonts, characters, 64, 64) in [0, 1]."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     banks, names = [], []
     for path in sorted(folder.glob("*.ttf")):

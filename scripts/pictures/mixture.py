@@ -12,10 +12,10 @@ from pictures.glyphs import CHARACTERS, glyph_bank, glyphs
 from pictures.photographs import crops, photographs
 from pictures.surfaces import gradients, leaves, silhouettes, stripes, textures
 
-# The kinds of pictures: who paints them, and what they show if not a character. How often each is drawn: the VAE needs
-# whatever images look like; the UNet what people have data sets of.
+# The kinds of pictures, by who paints them and by name.
 PAINTERS = (glyphs, cells, vessels, leaves, stripes, gradients, textures, silhouettes, crops)
 KINDS = ("glyph", "cell", "vessels", "leaves", "stripes", "gradient", "texture", "silhouette", "photograph")
+# How often each is drawn. A VAE has to know whatever an image may look like, a UNet what people have data sets of.
 VAE_SHARES = (0.20, 0.14, 0.10, 0.08, 0.04, 0.04, 0.08, 0.07, 0.25)
 UNET_SHARES = (0.40, 0.20, 0.12, 0.05, 0.03, 0.02, 0.05, 0.06, 0.07)
 CAMERA = 4  # numbers: strength of blur, noise, uneven light and loss of contrast, 0 ... 1
@@ -52,7 +52,7 @@ def kind_of(subject: torch.Tensor) -> torch.Tensor:
 
 @cache
 def variants() -> dict[str, int]:
-    """Name -> index: fonts, numbers of lobes, kinds of vessels, stripes, gradients, textures, silhouettes, photographs."""
+    """Name -> index: fonts, numbers of lobes, kinds of vessels, stripes and others, photographs."""
     names = ["", *glyph_bank()[1], *(f"{n} lobes" for n in range(LOBES + 1)), "aperture", "no aperture",
              "bars", "checks", "rings", "round", "straight", "clouds", "islands", "ridges", "mirrored", "free",
              *photographs()[0]]  # fmt: skip
@@ -69,6 +69,7 @@ def draw(count: int, generator: torch.Generator, shares: tuple[float, ...]) -> B
 
 
 def painted(painter, dice: Dice, count: int) -> Batch:
+    """`count` images of one kind: averaged down to 32 px, seen through a camera, described in numbers."""
     pictures: Pictures = painter(dice, count)
     images = pictures.images
     if images.shape[-1] == CANVAS:

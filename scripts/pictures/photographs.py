@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from pictures.drawing import CANVAS, Dice, Pictures, each
+from pictures.drawing import CANVAS, GEOMETRY, RENDERING, Dice, Pictures, each
 
 FROM_SKIMAGE = (
     "astronaut",
@@ -34,7 +34,7 @@ FROM_MATPLOTLIB = ("grace_hopper.jpg",)
 
 @cache
 def photographs() -> tuple[list[str], list[torch.Tensor]]:
-    """Names, and pictures (3, h, w) in [0, 1] with at most 512 px on the shorter side; grey ones have equal channels."""
+    """Names, and pictures (3, h, w) in [0, 1] with at most 512 px on the shorter side."""
     names = [*FROM_SKIMAGE, *FROM_SKLEARN, *FROM_MATPLOTLIB]
     arrays = [getattr(skimage.data, name)() for name in FROM_SKIMAGE]
     arrays += [load_sample_image(name) for name in FROM_SKLEARN]
@@ -51,13 +51,13 @@ def photographs() -> tuple[list[str], list[torch.Tensor]]:
 
 
 def crops(dice: Dice, count: int) -> Pictures:
-    """Squares of 40 px to the shorter side, turned and mirrored; half of them in other colours than the photograph's.
+    """Squares of 40 px to the shorter side, mirrored or transposed; half of them in colours of their own.
 
     Colours: the means of the border, of the middle and of the brightest fifth. Geometry: size of the crop, position.
     """
     names, pictures = photographs()
     which = dice.integers(0, len(names), count)
-    geometry, rendering = torch.zeros(count, 6), torch.zeros(count, 6)
+    geometry, rendering = torch.zeros(count, GEOMETRY), torch.zeros(count, RENDERING)
     geometry[:, :3] = dice.uniform(count, 3, low=-1, high=1)
     images = torch.empty(count, 3, CANVAS, CANVAS)
     for row, index in enumerate(which.tolist()):

@@ -12,17 +12,10 @@ from pictures.drawing import (
     inside,
     lump_noise,
     natural_noise,
+    numbers,
     paint,
     palettes,
 )
-
-
-def numbers(dice: Dice, count: int, geometry: int, rendering: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """So many numbers of geometry and of rendering in [-1, 1], the rest 0: nothing is told that is not shown."""
-    told = []
-    for used in (geometry, rendering):
-        told.append(torch.cat([dice.uniform(count, used, low=-1, high=1), torch.zeros(count, 6 - used)], 1))
-    return told[0], told[1]
 
 
 def ground(colours: torch.Tensor) -> torch.Tensor:
@@ -134,8 +127,8 @@ def textures(dice: Dice, count: int) -> Pictures:
 def silhouettes(dice: Dice, count: int) -> Pictures:
     """One thing on a plain ground, like its mirror image or not, with a contour of five waves.
 
-    Geometry: size, width, x, y, how uneven its contour is. Rendering: shading, texture in the accent's colour (0: none),
-    1 with a hole (else -1), softness.
+    Geometry: size, width, x, y, how uneven its contour is. Rendering: shading, texture in the accent's colour (0: no
+    texture), 1 with a hole (else -1), softness.
     """
     colours = palettes(dice, count)
     geometry, rendering = numbers(dice, count, 5, 4)
