@@ -45,7 +45,8 @@ TOKEN_DROPOUT = (0.05, 0.3, 0.5, 0.3, 0.3, 0.3, 0.7, 0.3)
 CONDITION_DROPOUT = 0.1  # classifier-free guidance (Ho and Salimans 2022): all tokens zero
 VAE_RATE, UNET_RATE = 5e-4, 1e-3  # peak learning rates of AdamW
 KL_WEIGHT = 3e-4  # nats of the posterior, divided by how many numbers an image has; error: L1 + squared, in [-1, 1]
-POOL_IMAGES, SHOWN = 1024, 4  # images are drawn 1,024 at a time; each is shown four times, on average
+# Images are drawn 1,024 at a time. Each is shown so often, on average: the UNet sees it with another noise each time.
+POOL_IMAGES, VAE_SHOWN, UNET_SHOWN = 1024, 4, 16
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                  prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # fmt: skip
@@ -118,12 +119,11 @@ def new_vae(latents: str) -> AutoencoderKL:
 
 
 def new_unet(latents: str) -> UNet2DConditionModel:
-    """Attention at 4 x 4 and below: at 8 x 8 latents' own size it would take most of the time."""
+    """Attention at 4 x 4 and below: at 8 x 8 it would take most of the time."""
     channels, size, _ = (int(number) for number in latents.split("x"))
-    down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
-    widths = (64, 128)
+    down, up, widths = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2, (64, 128)
     if size == 8:
-        widths, down, up = (32, *widths), ("DownBlock2D", *down), (*up, "UpBlock2D")
+        down, up, widths = ("DownBlock2D", down[0]), (up[0], "UpBlock2D"), (48, 64)
     return UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels,
                                 block_out_channels=widths, layers_per_block=1,
                                 down_block_types=down, up_block_types=up,
@@ -164,7 +164,8 @@ class Trainer:
         self.stage, self.module, self.path, self.lr, self.step = stage, module, state / f"{stage}.pt", lr, 0
         self.drawn_from = drawn_from  # what must not change on resume: seed, batch size, latents, ...
         self.log = []  # rows of step, mean loss, mean seconds a step
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2,
+                                           fused=True)  # fmt: skip
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         state.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -259,7 +260,7 @@ def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_si
 
     def loss_of_step(step):
         generator = step_generator(seed, "vae", step)
-        images = pool(step * batch_size // (POOL_IMAGES * SHOWN))
+        images = pool(step * batch_size // (POOL_IMAGES * VAE_SHOWN))
         images = images[torch.randint(0, len(images), (batch_size,), generator=generator)]
         posterior = model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -268,7 +269,7 @@ def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_si
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum() / images.numel()
         return l1 + F.mse_loss(decoded, images) + KL_WEIGHT * kl, l1.item()
 
-    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, SHOWN])
+    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, VAE_SHOWN])
     Trainer("vae", model, state, VAE_RATE, drawn_from).run(loss_of_step, steps)
 
 
@@ -334,7 +335,7 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
         return drawn, torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
     def loss_of_step(step):
-        drawn, mean, std = pool(step * batch_size // (POOL_IMAGES * SHOWN))
+        drawn, mean, std = pool(step * batch_size // (POOL_IMAGES * UNET_SHOWN))
         generator = step_generator(seed, "unet", step)
         rows = torch.randint(0, len(drawn), (batch_size,), generator=generator)
         clean = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
@@ -348,7 +349,7 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
         loss = F.mse_loss(predicted, noise)
         return loss, loss.item()
 
-    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, SHOWN])
+    drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, UNET_SHOWN])
     drawn_from["vae"] = identity(autoencoder)
     Trainer("unet", both, state, UNET_RATE, drawn_from).run(loss_of_step, steps)
 

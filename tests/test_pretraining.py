@@ -28,7 +28,8 @@ schedule = script.learning_rate
 def small(monkeypatch):
     """Pools of three batches of 4, dozens of pictures where the script draws a thousand, and torch's threads as before."""
     monkeypatch.setattr(script, "POOL_IMAGES", 12)
-    monkeypatch.setattr(script, "SHOWN", 1)
+    monkeypatch.setattr(script, "VAE_SHOWN", 1)
+    monkeypatch.setattr(script, "UNET_SHOWN", 1)
     monkeypatch.setattr(script, "draw", lambda count, *given: mixture.draw(min(count, 64), *given))
     threads = torch.get_num_threads()
     yield
