@@ -10,7 +10,8 @@ Like SD's text encoder they are thrown away; a UNet with cross-attention on (tok
     python scripts/pretrain_tiny.py unet --state ~/tiny-state --steps 20000
     python scripts/pretrain_tiny.py export --state ~/tiny-state --to sdlab/tiny
 
-(docs/log.md says how the committed weights were made.)
+(docs/log.md says how the committed weights were made.) `pack` writes a state of averaged weights only, fit for git; the
+next training begins with them.
 
 Every random number derives from (seed, step): a run repeats exactly, cut and resumed or not, on one machine with the
 same number of threads. Next to a stage's state is its log, `vae.csv` or `unet.csv`: step, mean loss of the last steps
@@ -36,6 +37,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from pictures.drawing import COLOURS, GEOMETRY, RENDERING, SIZE
 from pictures.mixture import CAMERA, KINDS, UNET_SHARES, VAE_SHARES, Batch, draw, kind_of, subjects, variants
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 TOKENS, WIDTH = 8, 64  # of encoder_hidden_states
@@ -142,13 +145,21 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def load(path: Path) -> dict:
-    """A stage's state file, if this script wrote it."""
+    """A stage's state file, if this script wrote it; or what `pack` wrote in its place: averaged weights only."""
     if not path.exists():
+        if packed(path).exists():
+            with safe_open(packed(path), "pt") as file:
+                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+                return dict(ema=weights, drawn_from=json.loads(file.metadata()["drawn_from"]))
         raise click.ClickException(f"{path} does not exist: run `{path.stem}` with this --state first.")
     saved = torch.load(path, weights_only=True)
     if not isinstance(saved.get("drawn_from"), dict):
         raise click.ClickException(f"{path} was made by an older form of this script: give another --state.")
     return saved
+
+
+def packed(path: Path) -> Path:
+    return path.with_suffix(".safetensors")
 
 
 def check_settings(path: Path, saved: dict, drawn_from: dict) -> None:
@@ -174,6 +185,9 @@ class Trainer:
             module.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.ema, self.step, self.log = saved["ema"], saved["step"], saved["log"]
+        elif packed(self.path).exists():  # another training's average, to begin with
+            module.load_state_dict(load(self.path)["ema"])
+            self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
 
     def save(self) -> None:
         saved = dict(
@@ -352,6 +366,18 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
     drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, UNET_SHOWN])
     drawn_from["vae"] = identity(autoencoder)
     Trainer("unet", both, state, UNET_RATE, drawn_from).run(loss_of_step, steps)
+
+
+@cli.command()
+@STATE
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="folder: another training's --state")
+def pack(state: Path, to: Path) -> None:
+    """Write the averaged weights of both stages in half precision: what another training can begin with."""
+    to.mkdir(parents=True, exist_ok=True)
+    for stage in ("vae", "unet"):
+        saved = load(state / f"{stage}.pt")
+        weights = {name: value.half().contiguous() for name, value in saved["ema"].items()}
+        save_file(weights, packed(to / f"{stage}.pt"), {"drawn_from": json.dumps(saved["drawn_from"])})
 
 
 @cli.command()

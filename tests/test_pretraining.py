@@ -18,6 +18,7 @@ sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
 import pretrain_tiny as script
 from pictures import cells, drawing, glyphs, mixture, photographs, surfaces
 
+CARD = PROJECT_ROOT / "scripts" / "pretrained" / "README.md"
 KINDS = pytest.mark.parametrize("painter", mixture.PAINTERS, ids=mixture.KINDS)
 
 
@@ -109,6 +110,21 @@ def test_latents_of_the_mixture_have_unit_variance(tmp_path, monkeypatch):
     posterior = vae.encode(mixture.draw(256, generator, mixture.UNET_SHARES).images).latent_dist
     latents = vae.config.scaling_factor * (posterior.mean + posterior.std * torch.randn(posterior.mean.shape))
     assert latents.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_packed_weights_are_what_another_training_begins_with(tmp_path, monkeypatch):
+    trained(tmp_path / "a", [4], monkeypatch)
+    trained(tmp_path / "a", [4], monkeypatch, stage="unet")
+    script.pack.callback(state=tmp_path / "a", to=tmp_path / "b")
+    for stage in ("vae", "unet"):
+        average = torch.load(tmp_path / "a" / f"{stage}.pt", weights_only=True)["ema"]
+        begun = script.load(tmp_path / "b" / f"{stage}.pt")["ema"]
+        assert begun.keys() == average.keys()
+        assert all(torch.equal(begun[name], average[name].half().float()) for name in average)
+    first = trained(tmp_path / "b", [1], monkeypatch, stage="unet")  # a step at a hundredth of the rate
+    change = max((first["module"][name] - begun[name]).abs().max().item() for name in begun)
+    assert 0 < change < 3e-5 and first["step"] == 1
+    assert not (tmp_path / "b" / "vae.pt").exists()
 
 
 @pytest.mark.parametrize("latents", ["8x8x8", "32x4x4"])
@@ -306,7 +322,7 @@ def test_a_cell_without_lobes_has_no_nucleus_and_a_nucleus_stays_in_its_cell(mon
 
 
 def test_the_card_has_the_mixtures_shares():
-    card = (PROJECT_ROOT / "sdlab" / "tiny" / "README.md").read_text()
+    card = CARD.read_text()
     shares = [[int(cell.strip(" %")) for cell in line.split("|")[2:4]] for line in card.splitlines() if "% |" in line]
     assert shares == [[round(100 * share) for share in both]
                       for both in zip(mixture.VAE_SHARES, mixture.UNET_SHARES, strict=True)]  # fmt: skip
@@ -327,7 +343,7 @@ def test_photographs_are_none_of_a_data_set_that_is_scored():
     names, pictures = photographs.photographs()
     assert len(names) == len(pictures) == 13 and not {"retina", "immunohistochemistry", "microaneurysms"} & set(names)
     assert all(picture.shape[0] == 3 and picture.min() >= 0 and picture.max() <= 1 for picture in pictures)
-    card = (PROJECT_ROOT / "sdlab" / "tiny" / "README.md").read_text()
+    card = CARD.read_text()
     assert all(f"`{name}`" in card for name in names)
 
 
