@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
 from pictures.drawing import COLOURS, GEOMETRY, RENDERING, SIZE
 from pictures.mixture import CAMERA, KINDS, UNET_SHARES, VAE_SHARES, Batch, draw, kind_of, subjects, variants
@@ -289,24 +290,48 @@ def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_si
 
 @torch.no_grad()
 def load_vae(state: Path, latents: str) -> AutoencoderKL:
-    """The averaged VAE, with the scaling factor that gives the latents of the UNet's mixture unit variance."""
+    """The averaged VAE, with latents that are white on the UNet's mixture."""
     saved = load(state / "vae.pt")
     if (found := saved["drawn_from"]["latents"]) != latents:
         raise click.ClickException(f"{state / 'vae.pt'} has latents {found}, not {latents}: give --latents {found}.")
     model = new_vae(latents)
     model.load_state_dict(saved["ema"])
     model.requires_grad_(False).eval()
-    generator = step_generator(0, "scale", 0)
-    posterior = model.encode(draw(1024, generator, UNET_SHARES).images).latent_dist
-    latent = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-    model.register_to_config(scaling_factor=round(1 / latent.std().item(), 5))
+    images = draw(1024, step_generator(0, "scale", 0), UNET_SHARES).images
+    whiten(model, model.encode(images).latent_dist)
+    model.register_to_config(scaling_factor=1.0)
     return model
 
 
+@torch.no_grad()
+def whiten(model: AutoencoderKL, posterior: DiagonalGaussianDistribution) -> None:
+    """Make the latent channels of `posterior`'s images uncorrelated, with mean 0 and variance 1. Images stay the same.
+
+    The VAE's own channels have variances of 0.04 to 3. The loudest, a place's brightness, is still there at the last
+    timestep, so that sampling from pure noise draws all pictures too grey. The 1 x 1 convolutions next to the latents
+    take the map and its inverse. The posterior's width becomes each channel's mean.
+    """
+    channels = model.config.latent_channels
+    rows = posterior.mean.movedim(1, -1).reshape(-1, channels).double()
+    variances, directions = torch.linalg.eigh(torch.cov(rows.T))
+    middle, shrink, grow = rows.mean(0), directions / variances.sqrt(), (directions * variances.sqrt()).T
+    width = posterior.var.movedim(1, -1).reshape(-1, channels).double().mean(0) @ shrink.square()
+
+    encode, decode = model.quant_conv, model.post_quant_conv
+    weight, bias = encode.weight[:channels, :, 0, 0].double(), encode.bias[:channels].double()
+    encode.weight[:channels, :, 0, 0], encode.bias[:channels] = (
+        (shrink.T @ weight).float(),
+        ((bias - middle) @ shrink).float(),
+    )
+    encode.weight[channels:], encode.bias[channels:] = 0, width.log().float()
+    weight, bias = decode.weight[:, :, 0, 0].double(), decode.bias.double()
+    decode.weight[:, :, 0, 0], decode.bias[:] = (weight @ grow.T).float(), (bias + weight @ middle).float()
+
+
 def identity(autoencoder: AutoencoderKL) -> str:
-    """Of a VAE's weights and scaling factor: a UNet belongs to one VAE."""
+    """Of a VAE's weights: a UNet belongs to one VAE."""
     weights = b"".join(value.numpy().tobytes() for value in autoencoder.state_dict().values())
-    return f"{hashlib.sha256(weights).hexdigest()[:16]} x {autoencoder.config.scaling_factor}"
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 @cli.command()
