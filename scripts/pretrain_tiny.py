@@ -10,12 +10,12 @@ Like SD's text encoder they are thrown away; a UNet with cross-attention on (tok
     python scripts/pretrain_tiny.py unet --state ~/tiny-state --steps 20000
     python scripts/pretrain_tiny.py export --state ~/tiny-state --to sdlab/tiny
 
-(docs/log.md says how the committed weights were made.) `pack` writes a state of averaged weights only, fit for git; the
-next training begins with them.
+(docs/log.md says how the committed weights were made.)
 
 Every random number derives from (seed, step): a run repeats exactly, cut and resumed or not, on one machine with the
-same number of threads. Next to a stage's state is its log, `vae.csv` or `unet.csv`: step, mean loss of the last steps
-(of the VAE: L1 in [-1, 1]), mean seconds a step since the process started.
+same number of threads. A state folder has, of each stage, `vae.pt` to resume from; `vae.safetensors`, the averaged
+weights in half precision, which are also what another training can begin with; and `vae.csv`: step, mean loss of the
+last steps (of the VAE: L1 in [-1, 1]), mean seconds a step since the process started.
 """
 
 import csv
@@ -24,7 +24,7 @@ import json
 import math
 import os
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import click
@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
 from pictures.drawing import COLOURS, GEOMETRY, RENDERING, SIZE
 from pictures.mixture import CAMERA, KINDS, UNET_SHARES, VAE_SHARES, Batch, draw, kind_of, subjects, variants
@@ -145,22 +144,21 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def load(path: Path) -> dict:
-    """A stage's state file, if this script wrote it; or what `pack` wrote in its place: averaged weights only."""
-    if not path.exists():
-        if packed(path).exists():
-            with safe_open(packed(path), "pt") as file:
-                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-                return dict(ema=weights, drawn_from=json.loads(file.metadata()["drawn_from"]))
-        raise click.ClickException(f"{path} does not exist: run `{path.stem}` with this --state first.")
+def load_state(path: Path) -> dict:
     saved = torch.load(path, weights_only=True)
     if not isinstance(saved.get("drawn_from"), dict):
         raise click.ClickException(f"{path} was made by an older form of this script: give another --state.")
     return saved
 
 
-def packed(path: Path) -> Path:
-    return path.with_suffix(".safetensors")
+def load_average(state: Path, stage: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights that a stage has come to, and what they were drawn from."""
+    path = state / f"{stage}.safetensors"
+    if not path.exists():
+        raise click.ClickException(f"{path} does not exist: run `{stage}` with this --state first.")
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        return weights, json.loads(file.metadata()["drawn_from"])
 
 
 def check_settings(path: Path, saved: dict, drawn_from: dict) -> None:
@@ -170,10 +168,15 @@ def check_settings(path: Path, saved: dict, drawn_from: dict) -> None:
 
 
 class Trainer:
-    """One training loop for both stages: a state file, a log, an average of the weights (EMA)."""
+    """One training loop for both stages: a state file, a log, an average of the weights (EMA).
 
-    def __init__(self, stage: str, module: torch.nn.Module, state: Path, lr: float, drawn_from: dict):
+    The average is also written on its own, after `finish` and in half precision. It is what is exported, and what a
+    training without a state begins with.
+    """
+
+    def __init__(self, stage: str, module: torch.nn.Module, state: Path, lr: float, drawn_from: dict, finish=dict):
         self.stage, self.module, self.path, self.lr, self.step = stage, module, state / f"{stage}.pt", lr, 0
+        self.finish, self.average = finish, state / f"{stage}.safetensors"
         self.drawn_from = drawn_from  # what must not change on resume: seed, batch size, latents, ...
         self.log = []  # rows of step, mean loss, mean seconds a step
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2,
@@ -181,13 +184,13 @@ class Trainer:
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         state.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            saved = load(self.path)
+            saved = load_state(self.path)
             check_settings(self.path, saved, drawn_from)
             module.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.ema, self.step, self.log = saved["ema"], saved["step"], saved["log"]
-        elif packed(self.path).exists():  # another training's average, to begin with
-            module.load_state_dict(load(self.path)["ema"])
+        elif self.average.exists():
+            module.load_state_dict(load_average(state, stage)[0])
             self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
 
     def save(self) -> None:
@@ -203,6 +206,9 @@ class Trainer:
         os.replace(self.path.with_suffix(".part"), self.path)
         with self.path.with_suffix(".csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(self.log)
+        weights = {name: value.half().contiguous() for name, value in self.finish(self.ema).items()}
+        save_file(weights, self.average.with_suffix(".part"), {"drawn_from": json.dumps(self.drawn_from)})
+        os.replace(self.average.with_suffix(".part"), self.average)
 
     def run(self, loss_of_step, steps: int) -> None:
         """Up to `steps`, the end of the learning rate's schedule. A state beyond it is left as it is."""
@@ -244,8 +250,8 @@ def cli() -> None:
 
 
 STATE = click.option("--state", type=click.Path(path_type=Path), required=True, help="folder of state files")
-LATENTS = click.option("--latents", default="8x8x8", help="channels x height x width",
-                       type=click.Choice([f"{c}x{size}x{size}" for size in (4, 8) for c in (4, 8, 12, 16, 32)]))  # fmt: skip
+SHAPES = [f"{channels}x{size}x{size}" for size in (4, 8) for channels in (4, 8, 12, 16, 32)]
+LATENTS = click.option("--latents", default="8x8x8", type=click.Choice(SHAPES), help="channels x height x width")
 SEED = click.option("--seed", default=0)
 THREADS = click.option("--threads", default=0, help="0: torch's choice")
 STEPS_HELP = "end of the learning rate's schedule: give the same to resume"
@@ -285,32 +291,41 @@ def vae(state: Path, seed: int, threads: int, latents: str, steps: int, batch_si
         return l1 + F.mse_loss(decoded, images) + KL_WEIGHT * kl, l1.item()
 
     drawn_from = dict(seed=seed, batch_size=batch_size, latents=latents, pool=[POOL_IMAGES, VAE_SHOWN])
-    Trainer("vae", model, state, VAE_RATE, drawn_from).run(loss_of_step, steps)
+    Trainer("vae", model, state, VAE_RATE, drawn_from, finish=partial(whitened, latents)).run(loss_of_step, steps)
 
 
-@torch.no_grad()
 def load_vae(state: Path, latents: str) -> AutoencoderKL:
     """The averaged VAE, with latents that are white on the UNet's mixture."""
-    saved = load(state / "vae.pt")
-    if (found := saved["drawn_from"]["latents"]) != latents:
-        raise click.ClickException(f"{state / 'vae.pt'} has latents {found}, not {latents}: give --latents {found}.")
+    weights, drawn_from = load_average(state, "vae")
+    if (found := drawn_from["latents"]) != latents:
+        raise click.ClickException(f"The VAE of {state} has latents {found}, not {latents}: give --latents {found}.")
     model = new_vae(latents)
-    model.load_state_dict(saved["ema"])
-    model.requires_grad_(False).eval()
-    images = draw(1024, step_generator(0, "scale", 0), UNET_SHARES).images
-    whiten(model, model.encode(images).latent_dist)
+    model.load_state_dict(weights)
     model.register_to_config(scaling_factor=1.0)
-    return model
+    return model.requires_grad_(False).eval()
+
+
+def load_both(state: Path, latents: str) -> tuple[AutoencoderKL, torch.nn.ModuleDict]:
+    """The averaged models of both stages: the VAE, and UNet and text encoder that were trained with it."""
+    autoencoder, (weights, drawn_from) = load_vae(state, latents), load_average(state, "unet")
+    if (found := drawn_from["vae"]) != identity(autoencoder):
+        raise click.ClickException(f"The UNet of {state} was trained with another VAE ({found}): train it again.")
+    both = torch.nn.ModuleDict(dict(unet=new_unet(latents), text=ThrowawayTextEncoder()))
+    both.load_state_dict(weights)
+    return autoencoder, both
 
 
 @torch.no_grad()
-def whiten(model: AutoencoderKL, posterior: DiagonalGaussianDistribution) -> None:
-    """Make the latent channels of `posterior`'s images uncorrelated, with mean 0 and variance 1. Images stay the same.
+def whitened(latents: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A VAE's weights, with latent channels that are uncorrelated, of mean 0 and variance 1, on the UNet's mixture.
 
-    The VAE's own channels have variances of 0.04 to 3. The loudest, a place's brightness, is still there at the last
-    timestep, so that sampling from pure noise draws all pictures too grey. The 1 x 1 convolutions next to the latents
-    take the map and its inverse. The posterior's width becomes each channel's mean.
+    Its pictures stay the same: the 1 x 1 convolutions next to the latents take the map and its inverse. Channels as
+    trained have variances of 0.04 to 3. The loudest, a place's brightness, would still be there at the last timestep,
+    and sampling from pure noise would draw all pictures too grey. The posterior's width becomes its mean.
     """
+    model = new_vae(latents).eval()
+    model.load_state_dict(weights)
+    posterior = model.encode(draw(1024, step_generator(0, "scale", 0), UNET_SHARES).images).latent_dist
     channels = model.config.latent_channels
     rows = posterior.mean.movedim(1, -1).reshape(-1, channels).double()
     variances, directions = torch.linalg.eigh(torch.cov(rows.T))
@@ -319,13 +334,13 @@ def whiten(model: AutoencoderKL, posterior: DiagonalGaussianDistribution) -> Non
 
     encode, decode = model.quant_conv, model.post_quant_conv
     weight, bias = encode.weight[:channels, :, 0, 0].double(), encode.bias[:channels].double()
-    encode.weight[:channels, :, 0, 0], encode.bias[:channels] = (
-        (shrink.T @ weight).float(),
-        ((bias - middle) @ shrink).float(),
-    )
+    encode.weight[:channels, :, 0, 0] = (shrink.T @ weight).float()
+    encode.bias[:channels] = ((bias - middle) @ shrink).float()
     encode.weight[channels:], encode.bias[channels:] = 0, width.log().float()
     weight, bias = decode.weight[:, :, 0, 0].double(), decode.bias.double()
-    decode.weight[:, :, 0, 0], decode.bias[:] = (weight @ grow.T).float(), (bias + weight @ middle).float()
+    decode.weight[:, :, 0, 0] = (weight @ grow.T).float()
+    decode.bias[:] = (bias + weight @ middle).float()
+    return model.state_dict()
 
 
 def identity(autoencoder: AutoencoderKL) -> str:
@@ -395,62 +410,83 @@ def unet(state: Path, seed: int, threads: int, latents: str, steps: int, batch_s
 
 @cli.command()
 @STATE
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="folder: another training's --state")
-def pack(state: Path, to: Path) -> None:
-    """Write the averaged weights of both stages in half precision: what another training can begin with."""
-    to.mkdir(parents=True, exist_ok=True)
-    for stage in ("vae", "unet"):
-        saved = load(state / f"{stage}.pt")
-        weights = {name: value.half().contiguous() for name, value in saved["ema"].items()}
-        save_file(weights, packed(to / f"{stage}.pt"), {"drawn_from": json.dumps(saved["drawn_from"])})
+@LATENTS
+@click.option("--to", type=click.Path(path_type=Path), required=True)
+def export(state: Path, latents: str, to: Path) -> None:
+    """Write vae/, unet/, scheduler/ as diffusers folders, and samples.png: pictures drawn, decoded, generated."""
+    autoencoder, both = load_both(state, latents)
+    # Half precision halves the files in git. The samples are drawn with the same values, as float32.
+    for name, model in (("vae", autoencoder), ("unet", both["unet"])):
+        model.half().save_pretrained(to / name)
+        model.float()
+    DDIMScheduler(**SCHEDULER).save_pretrained(to / "scheduler")
+    # Only the shape of the text encoder stays, in the form of SD's config: a Class-Encoder has to match it.
+    (to / "text_encoder").mkdir(exist_ok=True)
+    shape = dict(max_position_embeddings=TOKENS, hidden_size=WIDTH)
+    (to / "text_encoder" / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+    draw_samples(autoencoder, both, to / "samples.png")
+
+
+@torch.no_grad()
+def draw_samples(autoencoder: AutoencoderKL, both: torch.nn.ModuleDict, path: Path, columns: int = 24) -> None:
+    """Two blocks of five rows: pictures as drawn; the same decoded; generated from what is told of them with guidance 1
+    and 2; and with guidance 2 without variant and geometry."""
+    generator = step_generator(1, "samples", 0)
+    shown = draw(columns * 2, generator, UNET_SHARES)
+    rows = [shown.images, autoencoder.decode(autoencoder.encode(shown.images).latent_dist.mean).sample]
+    for guidance, left_out in ((1.0, ()), (2.0, ()), (2.0, (2, 6))):
+        keep = torch.ones(len(shown), TOKENS)
+        keep[:, list(left_out)] = 0
+        rows.append(generate(autoencoder, both, shown, keep, 25, guidance, generator))
+    grid = torch.cat([torch.cat(list(row), 2) for half in range(2) for row in (r.chunk(2)[half] for r in rows)], 1)
+    array = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).resize((array.shape[1] * 2, array.shape[0] * 2), Image.Resampling.NEAREST).save(path)
+
+
+@torch.no_grad()
+def generate(autoencoder, both, shown: Batch, keep: torch.Tensor, steps: int, guidance: float, generator):
+    """Pictures (count, 3, 32, 32) from what is told of `shown`, by DDIM."""
+    config, scheduler = both["unet"].config, DDIMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(steps)
+    tokens = torch.cat([both["text"](shown, keep * 0), both["text"](shown, keep)])
+    noisy = torch.randn(len(shown), config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    for timestep in scheduler.timesteps:
+        uncond, cond = both["unet"](torch.cat([noisy] * 2), timestep, tokens).sample.chunk(2)
+        noisy = scheduler.step(uncond + guidance * (cond - uncond), timestep, noisy).prev_sample
+    parts = (noisy / autoencoder.config.scaling_factor).split(128)
+    return torch.cat([autoencoder.decode(part).sample for part in parts]).clamp(-1, 1)
 
 
 @cli.command()
 @STATE
 @LATENTS
-@click.option("--to", type=click.Path(path_type=Path), required=True)
-def export(state: Path, latents: str, to: Path) -> None:
-    """Write vae/, unet/, scheduler/ as diffusers folders, and samples.png: pictures drawn, decoded, generated."""
-    autoencoder, scheduler = load_vae(state, latents), DDIMScheduler(**SCHEDULER)
-    saved = load(state / "unet.pt")
-    if (found := saved["drawn_from"].get("vae")) != identity(autoencoder):
-        raise click.ClickException(f"{state / 'unet.pt'} was trained with another VAE ({found}): train it again.")
-    both = torch.nn.ModuleDict(dict(unet=new_unet(latents), text=ThrowawayTextEncoder()))
-    both.load_state_dict(saved["ema"])
-    # Half precision halves the files in git. The samples are drawn with the same values, as float32.
-    for name, model in (("vae", autoencoder), ("unet", both["unet"])):
-        model.half().save_pretrained(to / name)
-        model.float()
-    scheduler.save_pretrained(to / "scheduler")
-    # Only the shape of the text encoder stays, in the form of SD's config: a Class-Encoder has to match it.
-    (to / "text_encoder").mkdir(exist_ok=True)
-    shape = dict(max_position_embeddings=TOKENS, hidden_size=WIDTH)
-    (to / "text_encoder" / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
-    draw_samples(autoencoder, both, scheduler, to / "samples.png")
+@click.option("--num-inference-steps", default=25)
+@click.option("--guidance-scale", default=2.0)
+@click.option("--images", default=768)
+def quality(state: Path, latents: str, num_inference_steps: int, guidance_scale: float, images: int) -> None:
+    """How near are generated pictures to drawn ones? Each is averaged over 4 x 4 px, to 8 x 8 x 3 numbers in [-1, 1].
+
+    Prints the Frechet distance of these to as many drawn pictures (and of other drawn ones to them: its floor), and the
+    mean difference, of 255, from the very picture whose description was told.
+    """
+    autoencoder, both = load_both(state, latents)
+    drawn, others = (draw(images, step_generator(seed, "quality", 0), UNET_SHARES) for seed in (1, 2))
+    generator, keep = step_generator(1, "quality noise", 0), torch.ones(images, TOKENS)
+    generated = generate(autoencoder, both, drawn, keep, num_inference_steps, guidance_scale, generator)
+    drawn, others, generated = (F.avg_pool2d(i, 4).flatten(1) for i in (drawn.images, others.images, generated))
+    click.echo(
+        f"distance {frechet_distance(generated, others):.2f} (floor {frechet_distance(drawn, others):.2f}), ", nl=False
+    )
+    click.echo(f"difference {(generated - drawn).abs().mean() * 127.5:.1f} of 255")
 
 
-@torch.no_grad()
-def draw_samples(autoencoder, both, scheduler, path: Path, columns: int = 24) -> None:
-    """Two blocks of five rows: pictures as drawn; the same decoded; generated from what is told of them with guidance 1
-    and 2; and with guidance 2 without variant and geometry."""
-    generator = step_generator(1, "samples", 0)
-    shown = draw(columns * 2, generator, UNET_SHARES)
-    decoded = autoencoder.decode(autoencoder.encode(shown.images).latent_dist.mean).sample
-    rows = [shown.images, decoded]
-    config = both["unet"].config
-    for guidance, left_out in ((1.0, ()), (2.0, ()), (2.0, (2, 6))):
-        keep = torch.ones(len(shown), TOKENS)
-        keep[:, list(left_out)] = 0
-        tokens = torch.cat([both["text"](shown, keep * 0), both["text"](shown, keep)])
-        scheduler.set_timesteps(25)
-        noisy = torch.randn(len(shown), config.in_channels, config.sample_size, config.sample_size, generator=generator)
-        for timestep in scheduler.timesteps:
-            uncond, cond = both["unet"](torch.cat([noisy] * 2), timestep, tokens).sample.chunk(2)
-            noisy = scheduler.step(uncond + guidance * (cond - uncond), timestep, noisy).prev_sample
-        rows.append(autoencoder.decode(noisy / autoencoder.config.scaling_factor).sample)
-    grid = torch.cat([torch.cat(list(row), 2) for half in range(2) for row in (r.chunk(2)[half] for r in rows)], 1)
-    array = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(array).resize((array.shape[1] * 2, array.shape[0] * 2), Image.Resampling.NEAREST).save(path)
+def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Between the normal distributions with the means and covariances of two sets of rows."""
+    one, other = one.double(), other.double()
+    first, second = torch.cov(one.T), torch.cov(other.T)
+    # The trace of a root of the product is the sum of the roots of its eigenvalues.
+    roots = torch.linalg.eigvals(first @ second).real.clamp_min(0).sqrt().sum()
+    return ((one.mean(0) - other.mean(0)).square().sum() + first.trace() + second.trace() - 2 * roots).item()
 
 
 if __name__ == "__main__":
