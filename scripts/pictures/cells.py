@@ -162,7 +162,7 @@ def branching_lines(dice: Dice, start_x: torch.Tensor, start_y: torch.Tensor, ge
             lines.append(torch.stack([x, y, next_x, next_y, width], 2))
             x, y, angle = next_x, next_y, angle + bend
             width = width * 0.93
-        if level < 2:  # every line forks: one part goes on almost straight, the other turns away
+        if level < 2:  # every line forks: one part stays almost straight, the other turns away
             away = dice.uniform(count, x.shape[1], low=0.3, high=0.9) * dice.normal(count, x.shape[1]).sign()
             angle = torch.cat([angle - away * 0.3, angle + away], 1)
             x, y, width, bend = (torch.cat([v, v], 1) for v in (x, y, width * 0.75, bend))
