@@ -52,7 +52,7 @@ def test_tiny_is_small_enough_for_git_and_has_a_card(settings):
     assert sum(sizes) <= 20e6 and max(sizes) <= 15 * 2**20
     assert "pretrain_tiny.py" in (TINY / "README.md").read_text()
     base = load_base_model(dataclasses.replace(settings, base_model="tiny"))
-    assert (base.tokens, base.width, base.vae_scale) == (8, 64, 8) and base.unet.dtype == torch.float32
+    assert (base.tokens, base.width, base.vae_scale) == (8, 64, 4) and base.unet.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
 import pretrain_tiny as script
 from pictures import cells, drawing, glyphs, mixture, photographs, surfaces
 
-CARD = PROJECT_ROOT / "scripts" / "pretrained" / "README.md"
+CARD = PROJECT_ROOT / "sdlab" / "tiny" / "README.md"
 KINDS = pytest.mark.parametrize("painter", mixture.PAINTERS, ids=mixture.KINDS)
 
 

@@ -63,10 +63,12 @@ def shards(folder):
 
 def test_the_same_bytes_elsewhere_without_the_data(released):
     settings, pool = released
-    folder, about, images, comparison = released_sets.make_released_set(
-        dataclasses.replace(settings, dataset="nowhere/at/all")
-    )
-    assert folder != pool.folder and shards(folder) == shards(pool.folder) and images == 2 * about["images"]
+    elsewhere = dataclasses.replace(settings, dataset="nowhere/at/all")
+    folder, about, comparison = released_sets.make_released_set(elsewhere)
+    assert folder != pool.folder and about["images"] == 48 and comparison == "All 3 files have the released bytes."
+    assert len(shards(folder)) == 3 and shards(folder).items() < shards(pool.folder).items()
+    _, about, comparison = released_sets.make_released_set(elsewhere, whole=True)
+    assert shards(folder) == shards(pool.folder) and about["images"] == 96
     assert comparison == f"All {len(shards(folder))} files have the released bytes."
 
 
@@ -87,7 +89,7 @@ def test_other_bytes_are_counted_and_explained(released):
     release = read_hashed_json(path)
     release["pool"]["shards"]["0"], release["environment"]["torch"] = "0" * 64, "1.0"
     write_hashed_json(path, release)
-    *_, comparison = released_sets.make_released_set(settings)
+    *_, comparison = released_sets.make_released_set(settings, whole=True)
     count = len(release["pool"]["shards"])
     assert comparison.startswith(f"{count - 1} of {count} files have the released bytes (torch 1.0 -> ")
 
@@ -145,3 +147,9 @@ def test_on_the_command_line(released, tmp_path):
         and f"There is no release of other in reports/reference/ (there is: {settings.experiment})" in result.output
     )
     shutil.rmtree(pool.folder)
+
+
+def test_more_images_than_the_release_has_are_refused(released):
+    settings, _ = released
+    with pytest.raises(BadInput, match=r"`--images` is 97: .* made 96"):
+        released_sets.make_released_set(settings, 97)

@@ -126,8 +126,8 @@ def run(settings: Settings, until: str, redo: str | None, from_reference: bool) 
     if from_reference:
         from sdlab.tools.released_sets import make_released_set
 
-        folder, _, images, comparison = make_released_set(settings)
-        click.echo(f"{images} images in {relative_to_project(folder)}/. {comparison}")
+        folder, about, comparison = make_released_set(settings, whole=True)
+        click.echo(f"{about['images']} images in {relative_to_project(folder)}/. {comparison}")
         return
     for name, number in (("until", until), ("redo", redo)):
         if number not in (None, *STAGES):
@@ -318,19 +318,18 @@ def dashboard(settings: Settings, port: int) -> None:
 @with_settings
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--images", type=int, help="How many, from the first on.  [default: the size that notebook 05 chose]")
-@click.option("--from-reference", is_flag=True, help="Of the release in reports/reference/, which is made first.")
+@click.option("--from-reference", is_flag=True, help="Of the release in reports/reference/: made first.")
 def export(settings: Settings, target: Path, images: int | None, from_reference: bool) -> None:
     """Write the chosen synthetic set to TARGET: a folder of PNGs, one subfolder a class, or a file ending in .npz."""
-    from sdlab.runs.export import check_images, check_target, export_set, write_set
+    from sdlab.runs.export import check_target, export_set, write_set
 
     if from_reference:
         from sdlab.tools.released_sets import make_released_set
 
         check_target(target)
-        folder, about, made, comparison = make_released_set(settings)
+        folder, about, comparison = make_released_set(settings, images)
         click.echo(comparison)
-        check_images(images, made)
-        about = write_set(folder, about | dict(images=images or about["images"]), target)
+        about = write_set(folder, about, target)
     else:
         about = export_set(settings, target, images)
     click.echo(f"{target}: {about['images']} images of {len(about['classes'])} classes, {about['image_size']} px.")

@@ -8,18 +8,19 @@ import numpy as np
 from sdlab.errors import BadInput
 from sdlab.report.reference import REFERENCE
 from sdlab.runs.experiment import Experiment
+from sdlab.runs.export import check_images
 from sdlab.runs.records import environment, environment_differences
 from sdlab.runs.releases import install
 from sdlab.settings import Settings
 
 
-def make_released_set(here: Settings) -> tuple[Path, dict, int, str]:
-    """Make the whole pool (x1 ... x10) of the release that is committed under the experiment's name.
+def make_released_set(here: Settings, images: int | None = None, whole: bool = False) -> tuple[Path, dict, str]:
+    """Make the set of the release that is committed under the experiment's name: its first `images`, by default the
+    size that its notebook 05 chose, or the `whole` pool (x1 ... x10).
 
-    Returns the folder of its shards, its description (`sdlab.runs.export`), its images, and how its bytes compare.
-
-    Neither the data set nor a search is needed: labels, weights and settings are in the release. Raises `BadInput` if
-    there is no release, if it is damaged, or if its base model or code are not the ones of now.
+    Returns the folder of its shards, its description (`sdlab.runs.export`), and how its bytes compare. Neither the data
+    set nor a search is needed: labels, weights and settings are in the release. Raises `BadInput` if there is no
+    release, if it is damaged, if its base model or code are not the ones of now, or if it has fewer images.
     """
     folder = REFERENCE / here.experiment / "release"
     if not folder.is_dir():
@@ -28,6 +29,9 @@ def make_released_set(here: Settings) -> tuple[Path, dict, int, str]:
     if here.cluster != "none":
         raise BadInput(f"`cluster` is {here.cluster!r}: `--from-reference` makes its set in one process; leave it out.")
     settings, release = install(folder, here)
+    count = settings.scaling_max * sum(release["train_counts"])
+    check_images(images, count)
+    count = count if whole else images or release["about"]["images"]
     # torch is slow to import
     from sdlab.base_models import load_base_model
     from sdlab.evaluation import pool_seed
@@ -46,16 +50,16 @@ def make_released_set(here: Settings) -> tuple[Path, dict, int, str]:
             f"The release of {here.experiment} was made by code whose sets differ from this one's "
             f"({release['pool']['key']}, now {plan.key()}): take the commit that it came with."
         )
-    count = settings.scaling_max * len(labels)
     made = generate(load_pipeline(run, config), plan, run.folder / "synthetic", count, run.progress, "pool")
-    return made.folder, release["about"], count, comparison(made.manifest["shards"], release, environment(base))
+    compared = comparison(made.manifest["shards"], release, environment(base))
+    return made.folder, release["about"] | dict(images=count), compared
 
 
 def comparison(shards: dict, release: dict, now: dict) -> str:
     """How many shards have the bytes of the release, and what differs here if not all have."""
     expected = release["pool"]["shards"]
-    equal = sum(shards[index]["sha256"] == sha256 for index, sha256 in expected.items())
-    if equal == len(expected):
+    equal = sum(shard["sha256"] == expected[index] for index, shard in shards.items())
+    if equal == len(shards):
         return f"All {equal} files have the released bytes."
     differ = ", ".join(environment_differences(release["environment"], now)) or "in the same environment"
-    return f"{equal} of {len(expected)} files have the released bytes ({differ}); the others differ in their last bits."
+    return f"{equal} of {len(shards)} files have the released bytes ({differ}); the others differ in their last bits."
