@@ -9,17 +9,22 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from sklearn.linear_model import LogisticRegression
 
 from sdlab.class_encoder import ClassTable
+from sdlab.data.datasets import load_dataset
 from sdlab.errors import BadInput
 from sdlab.evaluation import generate_pool
+from sdlab.paths import PARAMS
 from sdlab.runs import releases
 from sdlab.runs.checkpoints import epoch_folder, save_checkpoint
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import read_hashed_json, write_hashed_json, write_json
 from sdlab.runs.records import environment
+from sdlab.runs.shards import read_shards
 from sdlab.runs.stages import StageState, State
 from sdlab.sampling_config import SamplingConfig
+from sdlab.settings import Settings
 from sdlab.tools import released_sets
 from sdlab.tools.cli import cli
 
@@ -153,3 +158,19 @@ def test_more_images_than_the_release_has_are_refused(released):
     settings, _ = released
     with pytest.raises(BadInput, match=r"`--images` is 97: .* made 96"):
         released_sets.make_released_set(settings, 97)
+
+
+def test_the_committed_release_of_digits(tmp_path):
+    """Code, base model and labels are still the ones that made it; its images show the digits that their labels name."""
+    settings = Settings.from_file(PARAMS / "digits.yaml", runs_root=str(tmp_path))
+    folder, about, comparison = released_sets.make_released_set(settings, images=200)
+    assert about["images"] == 200 and "files have the released bytes" in comparison
+    ((images, labels),) = read_shards(folder, 200)
+    real = load_dataset(settings)
+    model = LogisticRegression(max_iter=1000).fit(flat(real.train.images), real.train.labels)
+    assert model.score(flat(images), labels) > 0.8 and model.score(flat(real.val.images), real.val.labels) > 0.9
+
+
+def flat(images):
+    """Rows of grey values in [0, 1]."""
+    return images.mean(1).reshape(len(images), -1) / 255
