@@ -113,9 +113,13 @@ def test_whole_numbers_are_fine_where_numbers_are_asked():
 
 def test_a_notebooks_parameters_are_laid_on_top_of_its_file():
     s = Settings.from_notebook(
-        {"In": ["", 'experiment = "digits"\nunet_epochs = 3'], "experiment": "digits", "unet_epochs": 3}
+        {
+            "In": ["", 'experiment = "digits"\nclass_encoder_epochs = 3'],
+            "experiment": "digits",
+            "class_encoder_epochs": 3,
+        }
     )
-    assert s.unet_epochs == 3 and s.base_model == "tiny"
+    assert s.class_encoder_epochs == 3 and s.base_model == "tiny"
 
 
 def test_the_settings_cell_can_be_run_again():

@@ -1,17 +1,23 @@
-"""The study of searches: its tables follow from what was measured."""
+"""The scripts that compare: searches, points of a search space, committed runs."""
 
 import itertools
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from sdlab.paths import PROJECT_ROOT
+from sdlab.report.reference import REFERENCE
 from sdlab.settings import Settings
 
 sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
+import join_reference
+import score_points
 import study_searches as script
 
 
@@ -62,3 +68,36 @@ def test_the_study_writes_its_table_and_figure(tmp_path):
     assert {p.name for p in folder.iterdir()} == {"searches.md", "searches.png"}
     text = (folder / "searches.md").read_text()
     assert all(f"| {name} |" in text for name in script.STRATEGIES) and "| no pruning | 50,000 | 1.0 |" in text
+
+
+def test_points_are_scored_on_validation_images_alone(world, finished):
+    readings = (world / "runs" / "smoke" / "test_readings.jsonl").read_bytes()
+    points = ["3 1.5 2 2", "2 1.0 1 0"]
+    asked = [word for point in points for word in ("--point", *point.split())]
+    result = CliRunner().invoke(score_points.main, [str(world / "smoke.yaml"), *asked, "--images", "30"])
+    assert result.exit_code == 0, result.output
+    found = re.findall(r"^(.+): (\S+) ± \S+ % of 297 images, 2 classifiers$", result.stdout, re.MULTILINE)
+    assert [point for point, _ in found] == points and all(0 < float(cas) < 60 for _, cas in found)
+    assert (world / "runs" / "smoke" / "test_readings.jsonl").read_bytes() == readings
+
+
+def test_committed_runs_are_joined_and_figure_1_is_their_mean(tmp_path, monkeypatch):
+    for name, change in (("one", 0.1), ("two", 0.3)):
+        shutil.copytree(REFERENCE / "digits", tmp_path / name, ignore=shutil.ignore_patterns("release", "*.ipynb"))
+        for path in (tmp_path / name).glob("*.csv"):
+            table = pd.read_csv(path)
+            if "experiment" in table:
+                table["experiment"] = table["dataset"] = name
+            if path.stem == "figure_1":
+                ours = table.source == "ours"
+                table.loc[ours, ["who", "importance"]] = [name, change]
+            table.to_csv(path, index=False)
+    monkeypatch.setattr(join_reference, "REFERENCE", tmp_path)
+    join_reference.main()
+    folder = tmp_path / "all"
+    assert {"table_1.md", "table_2.md", "figure_1.csv", "figure_1.png"} <= {path.name for path in folder.iterdir()}
+    for name in ("one", "two"):
+        assert name in (folder / "table_1.md").read_text() and name in (folder / "table_2.md").read_text()
+    effects, means = pd.read_csv(folder / "figure_1.csv"), pd.read_csv(folder / "figure_1_means.csv")
+    assert set(effects[effects.source == "ours"].who) == {"one", "two"} and not effects.duplicated().any()
+    assert np.allclose(means.ours, 0.2) and (means["ours, data sets"] == 2).all()
