@@ -62,4 +62,7 @@ def comparison(shards: dict, release: dict, now: dict) -> str:
     if equal == len(shards):
         return f"All {equal} files have the released bytes."
     differ = ", ".join(environment_differences(release["environment"], now)) or "in the same environment"
-    return f"{equal} of {len(shards)} files have the released bytes ({differ}); the others differ in their last bits."
+    return (
+        f"{equal} of {len(shards)} files have the released bytes ({differ}). Another processor or version changes last "
+        f"bits, which a hash cannot tell from larger differences: look at the images."
+    )
