@@ -3,8 +3,8 @@
     sdlab run digits --until 03 -p unet_epochs 32 -p runs_root /tmp/tried
     python scripts/score_points.py digits --point 9 1.0 22 32 --images 4000 -p unet_epochs 32 -p runs_root /tmp/tried
 
-A point is IS, UGS, epoch of the Class-Encoder, epoch of the UNet (0: the base model's). All points get the same noise and
-the classifiers of the run's cells. Nothing is saved, and no test image is read.
+A point is IS, UGS, epoch of the Class-Encoder, epoch of the UNet (0: the base model's). All points get the same noise
+and the classifiers of the run's cells. Nothing is saved, and no test image is read.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from sdlab.data.datasets import load_dataset
 from sdlab.data.images import Split
 from sdlab.evaluation import classifier_seeds, train_and_score_classifiers
 from sdlab.generation import generate_images, plan_generation
+from sdlab.metrics import summarize
 from sdlab.runs.experiment import Experiment
 from sdlab.sampling_config import SamplingConfig, load_pipeline
 from sdlab.seeds import derive_seed
@@ -45,8 +46,9 @@ def main(settings: Settings, points: tuple[tuple, ...], images: int) -> None:
             np.concatenate([generate_images(pipeline, plan, part) for part in parts]), plan.labels_of(0, images)
         )
         scores = train_and_score_classifiers(run, drawn, classifier_seeds(run), ["val"], "point")["val"]
-        cas = 100 * np.array([score.accuracy for score in scores])
-        said = f"{cas.mean():.1f} ± {cas.std(ddof=1):.1f} % of {len(run.data.val)} images, {len(cas)} classifiers"
+        cas = summarize(scores)
+        deviation = "" if cas["std"] is None else f" ± {100 * cas['std']:.1f}"
+        said = f"{100 * cas['mean']:.1f}{deviation} % of {cas['n']} images, {len(scores)} classifiers"
         click.echo(f"{' '.join(map(str, point))}: {said}")
 
 

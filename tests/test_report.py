@@ -260,6 +260,13 @@ def test_names_are_no_markup(experiments, printed, tmp_path):
     figures.plot_stages(table_1(experiments[:1]), formula).savefig(tmp_path / "stages.png")
 
 
+def test_paragraphs_have_lines_of_120_characters_and_all_their_words():
+    sentences = ["It costs -0.45 points in words. " * 20, "x" * 130]
+    written = printing.paragraphs(sentences)
+    assert [len(line) > 120 for line in written.splitlines()].count(True) == 1  # a word is never broken
+    assert [text.split() for text in written.split("\n\n")] == [text.split() for text in sentences]
+
+
 def test_the_nearest_real_image_of_each_class_is_shown():
     """Not the closest of all, which may be of one class. A copy is found whatever its label."""
     real = Split(np.random.default_rng(0).integers(0, 256, (20, 3, 4, 4)).astype(np.uint8), np.arange(20) % 2)

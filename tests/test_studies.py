@@ -70,7 +70,11 @@ def test_the_study_writes_its_table_and_figure(tmp_path):
     assert all(f"| {name} |" in text for name in script.STRATEGIES) and "| no pruning | 50,000 | 1.0 |" in text
 
 
-def test_points_are_scored_on_validation_images_alone(world, finished):
+def test_points_are_scored_on_validation_images_alone(world, finished, monkeypatch):
+    read, score = [], score_points.train_and_score_classifiers
+    monkeypatch.setattr(
+        score_points, "train_and_score_classifiers", lambda *given: read.append(given[3]) or score(*given)
+    )
     readings = (world / "runs" / "smoke" / "test_readings.jsonl").read_bytes()
     points = ["3 1.5 2 2", "2 1.0 1 0"]
     asked = [word for point in points for word in ("--point", *point.split())]
@@ -78,6 +82,7 @@ def test_points_are_scored_on_validation_images_alone(world, finished):
     assert result.exit_code == 0, result.output
     found = re.findall(r"^(.+): (\S+) ± \S+ % of 297 images, 2 classifiers$", result.stdout, re.MULTILINE)
     assert [point for point, _ in found] == points and all(0 < float(cas) < 60 for _, cas in found)
+    assert read == [["val"], ["val"]]
     assert (world / "runs" / "smoke" / "test_readings.jsonl").read_bytes() == readings
 
 

@@ -1,6 +1,7 @@
 """Tidy tables -> the paper's tables as text: Markdown, LaTeX, and our own lines for a terminal; and the report's files."""
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,9 @@ def save_table(folder: Path, name: str, table: pd.DataFrame, printed: PrintedTab
 
 
 def paragraphs(sentences: Sequence[str]) -> str:
-    """Plain sentences as paragraphs of Markdown."""
-    return "\n\n".join(map(escape_markdown, sentences))
+    """Plain sentences as paragraphs of Markdown, in lines of at most 120 characters."""
+    lines = (textwrap.fill(escape_markdown(s), 120, break_long_words=False, break_on_hyphens=False) for s in sentences)
+    return "\n\n".join(lines)
 
 
 def experiment_digests(experiments: list[tables.FinishedExperiment]) -> dict[str, str]:
