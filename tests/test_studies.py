@@ -101,6 +101,9 @@ def test_committed_runs_are_joined_and_figure_1_is_their_mean(tmp_path, monkeypa
     join_reference.main()
     folder = tmp_path / "all"
     assert {"table_1.md", "table_2.md", "figure_1.csv", "figure_1.png"} <= {path.name for path in folder.iterdir()}
+    picture = (folder / "figure_1.png").read_bytes()
+    join_reference.main()
+    assert (folder / "figure_1.png").read_bytes() == picture
     for name in ("one", "two"):
         assert name in (folder / "table_1.md").read_text() and name in (folder / "table_2.md").read_text()
     effects, means = pd.read_csv(folder / "figure_1.csv"), pd.read_csv(folder / "figure_1_means.csv")

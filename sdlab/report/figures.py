@@ -137,5 +137,5 @@ def plot_importances(effects: pd.DataFrame) -> Figure:
     keys = dict(x="parameter", y="importance", order=["UGS", "epoch", "IS"])
     keys |= dict(hue="source", hue_order=["ours", "paper (6 data sets)"])
     grid = sns.catplot(shown, kind="bar", col="search", errorbar=None, palette=["C0", "0.7"], height=3.6, **keys)
-    grid.map_dataframe(sns.stripplot, dodge=True, palette=["black", "0.35"], size=3, **keys)
+    grid.map_dataframe(sns.stripplot, dodge=True, jitter=False, palette=["black", "0.35"], size=3, **keys)
     return grid.set(ylim=(0, 1), ylabel="share of the main effects (fANOVA)").set_titles("{col_name}").figure
