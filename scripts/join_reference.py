@@ -6,6 +6,8 @@ Writes table_1.md, table_2.md, figure_1.csv, figure_1_means.csv and figure_1.png
 measured, how and with which settings stands under the tables of each run.
 """
 
+from pathlib import Path
+
 import pandas as pd
 
 from sdlab.report import figures, printing, tables
@@ -14,9 +16,19 @@ from sdlab.report.remarks import METRICS_NOTE
 
 
 def joined(name: str) -> pd.DataFrame:
-    """The rows of a file of all committed runs, in the order of their names; the paper's once."""
+    """The rows of a file of all committed runs, in the order of their names; the paper's once.
+
+    A run's tables hold all experiments that lay in its `runs_root`, perhaps an earlier run of another one: its own count.
+    """
     files = sorted(path for path in REFERENCE.glob(f"*/{name}.csv") if path.parent.name != "all")
-    return pd.concat([pd.read_csv(path) for path in files]).drop_duplicates(ignore_index=True)
+    return pd.concat([own_rows(path) for path in files]).drop_duplicates(ignore_index=True)
+
+
+def own_rows(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    if "source" in table:
+        return table[(table.source == "paper") | (table.who == path.parent.name)]
+    return table[table.experiment == path.parent.name]
 
 
 def main() -> None:

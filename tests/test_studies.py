@@ -96,6 +96,10 @@ def test_committed_runs_are_joined_and_figure_1_is_their_mean(tmp_path, monkeypa
             if path.stem == "figure_1":
                 ours = table.source == "ours"
                 table.loc[ours, ["who", "importance"]] = [name, change]
+            if name == "two":  # with rows of a former run of the first, which lay in the same folder of runs
+                column = "who" if path.stem == "figure_1" else "experiment"
+                if column in table:
+                    table = pd.concat([table[table[column] == name].replace({column: name}, "one"), table])
             table.to_csv(path, index=False)
     monkeypatch.setattr(join_reference, "REFERENCE", tmp_path)
     join_reference.main()
@@ -109,3 +113,14 @@ def test_committed_runs_are_joined_and_figure_1_is_their_mean(tmp_path, monkeypa
     effects, means = pd.read_csv(folder / "figure_1.csv"), pd.read_csv(folder / "figure_1_means.csv")
     assert set(effects[effects.source == "ours"].who) == {"one", "two"} and not effects.duplicated().any()
     assert np.allclose(means.ours, 0.2) and (means["ours, data sets"] == 2).all()
+
+
+def test_the_committed_join_is_of_the_committed_runs(tmp_path, monkeypatch):
+    for path in REFERENCE.glob("*/*.csv"):
+        if path.parent.name != "all":
+            (tmp_path / path.parent.name).mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.parent.name)
+    monkeypatch.setattr(join_reference, "REFERENCE", tmp_path)
+    join_reference.main()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.suffix != ".png"}
+    assert made == {path.name: path.read_bytes() for path in (REFERENCE / "all").iterdir() if path.suffix != ".png"}
