@@ -16,7 +16,7 @@ from sdlab.classifier import ClassifierRecipe, predict, train_classifier
 from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_labels
-from sdlab.latents import round_trip_training_set
+from sdlab.latents import resizing_error, round_trip_training_set
 from sdlab.metrics import METRICS, Score, score_predictions, summarize
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
@@ -121,6 +121,8 @@ def score_ceiling(run: Run) -> dict | None:
             cost=float(np.mean(costs)),
             standard_error=None if deviation is None else deviation / math.sqrt(len(costs)),
             error=float(error),
+            resizing_error=resizing_error(run.data, settings.base_image_size),
+            base_image_size=settings.base_image_size,
             recipe=recipe,
         ),
     )

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel
 from sdlab.cluster.executors import InThisProcess
-from sdlab.data.images import Split, TrainingImages
+from sdlab.data.images import ImageDataset, Split, TrainingImages
 from sdlab.data.npz import read_arrays
 from sdlab.data.pixels import to_model, to_uint8
 from sdlab.devices import raise_on_oom
@@ -76,6 +76,17 @@ def round_trip_training_set(run: Run) -> Split:
     path = run.folder / "begun" / "round_trips.npz"
     (images,) = compute_parts(compute, len(data.train), key, path, ("images",), "round trips", run.progress)
     return Split(images, data.train.labels)
+
+
+def resizing_error(data: ImageDataset, base_size: int, images: int = 1000) -> float:
+    """Mean error of a pixel, of 255, if training images are resized to the base model's size and back, without a VAE.
+
+    Bilinear resizing is exact at equal sizes, blurs little at four times the size, and most from 28 to 32 px.
+    """
+    count = len(data.train)
+    indices = np.linspace(0, count - 1, min(images, count)).astype(int)
+    resized = to_uint8(to_model(data.training_images(indices, base_size), base_size), data.image_size)
+    return float(np.abs(resized.astype(np.int16) - data.train.images[indices]).mean())
 
 
 def encode_images(

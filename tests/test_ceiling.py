@@ -39,6 +39,14 @@ def test_round_trips_are_what_the_vae_draws_of_each_image(settings, data, base, 
     assert np.array_equal(drawn.labels, data.train.labels) and drawn.images.std() > 0
 
 
+def test_resizing_alone_is_exact_at_equal_sizes_and_worst_just_above(data):
+    size = data.image_size
+    errors = [latents.resizing_error(data, base_size) for base_size in (size, size + 1, 4 * size)]
+    assert errors[0] == 0 and errors[1] > 2 * errors[2] > 0
+    one = to_uint8(to_model(data.train.images[:1], size + 1), size).astype(int) - data.train.images[:1]
+    assert latents.resizing_error(data, size + 1, images=1) == abs(one).mean()
+
+
 def test_round_trips_that_were_cut_go_on_after_their_last_part(settings, data, base, monkeypatch):
     monkeypatch.setattr(latents, "PART", 16)
     part, asked = latents.round_trip_part, []
@@ -122,4 +130,8 @@ def test_one_sentence_has_the_cost_its_error_and_both_scores():
     found = dict(split="val", real=score(0.975), round_trips=score(0.942), cost=0.033, standard_error=0.004, error=9.13)
     said = ceiling_sentence(found)
     assert said.startswith("This base model's VAE costs 3.3 points here (standard error 0.4): ")
+    assert said.endswith(" of 255.")
+    resized = found | dict(resizing_error=3.88, base_image_size=32)
+    assert ceiling_sentence(resized).endswith(" of 255 (3.9 by resizing to 32 px and back alone).")
+    assert ceiling_sentence(found | dict(resizing_error=0.0, base_image_size=32)) == said
     assert "97.50 ± 1.00 % on 297 validation images" in said and "94.20 ± 1.00 %; mean error of a pixel 9.1 of" in said

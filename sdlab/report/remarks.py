@@ -61,10 +61,12 @@ def ceiling_sentence(ceiling: Mapping | None) -> str:
         return "What the VAE costs was not measured when this stage ran."
     images = {"val": "validation images", "test": "test images"}[ceiling["split"]]
     error = "" if ceiling["standard_error"] is None else f" (standard error {100 * ceiling['standard_error']:.1f})"
+    resizing = ceiling.get("resizing_error", 0)  # a former ceiling has none
+    resized = f" ({resizing:.1f} by resizing to {ceiling['base_image_size']} px and back alone)" if resizing else ""
     return (
         f"This base model's VAE costs {100 * ceiling['cost']:.1f} points here{error}: classifiers trained on the real images "
         f"score {percent(ceiling['real'])} % on {ceiling['real']['n']} {images}, on their round trips "
-        f"{percent(ceiling['round_trips'])} %; mean error of a pixel {ceiling['error']:.1f} of 255."
+        f"{percent(ceiling['round_trips'])} %; mean error of a pixel {ceiling['error']:.1f} of 255{resized}."
     )
 
 
