@@ -319,23 +319,6 @@ def classifiers(base: BaseModel, settings: Settings) -> None:
             )
 
 
-def compiled_classifier(base: BaseModel, settings: Settings) -> None:
-    del base, settings
-    forward = classifier.ResNet20.forward
-    for mode in ("default", "reduce-overhead"):
-        classifier.ResNet20.forward = torch.compile(forward, mode=mode)
-        with torch.autocast("cuda", torch.bfloat16):
-            started = time.perf_counter()
-            fit(1)
-            first = time.perf_counter() - started
-            started = time.perf_counter()
-            fit(10)
-        torch.cuda.synchronize()
-        took = 10 * (time.perf_counter() - started)
-        say(what=f"classifier, bfloat16, compiled ({mode})", s_of_100_epochs=took, compilation_s=first)
-        classifier.ResNet20.forward = forward
-
-
 PARTS = dict(
     repeat=repeat, syncs=syncs, sampling=sampling, training=training, classifier=classifiers, compiled=compiled
 )

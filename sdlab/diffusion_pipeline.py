@@ -83,7 +83,8 @@ class ClassConditionalStableDiffusionPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         latents = latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
         extra = self.step_generators(seeds)
-        first, end = int(guidance_start * len(timesteps)), int(guidance_stop * len(timesteps))
+        # Rounded first: 0.58 x 50 is 28.999... in floating point.
+        first, end = (int(round(share * len(timesteps), 6)) for share in (guidance_start, guidance_stop))
 
         for step, (timestep, timestep_on_device) in enumerate(
             zip(timesteps, timesteps.to(latents.device), strict=True)

@@ -16,7 +16,7 @@ from sdlab.classifier import ClassifierRecipe, predict, train_classifier
 from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_labels
-from sdlab.latents import resizing_error, round_trip_training_set
+from sdlab.latents import mean_error, resizing_error, round_trip_training_set
 from sdlab.metrics import METRICS, Score, score_predictions, summarize
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
@@ -96,11 +96,12 @@ def score_ceiling(run: Run) -> dict | None:
     """
     path, settings = run.metrics_path("ceiling"), run.settings
     recipe, split = asdict(ClassifierRecipe.from_settings(settings)), deciding_split(settings.protocol)
-    if path.exists() and (run.finished or read_json(path)["recipe"] == recipe):
+    how = dict(split=split, recipe=recipe, seeds=(seeds := classifier_seeds(run)))
+    if path.exists() and (run.finished or how.items() <= read_json(path).items()):
         return read_json(path)
     if run.finished:
         return None
-    drawn, seeds = round_trip_training_set(run), classifier_seeds(run)
+    drawn = round_trip_training_set(run)
     if split == "test":
         run.record_test_reading(
             f"what the VAE costs: {2 * len(seeds)} classifiers; the paper's protocol reads the test set"
@@ -111,19 +112,17 @@ def score_ceiling(run: Run) -> dict | None:
     )
     costs = [real.accuracy - less.accuracy for real, less in zip(of_real, of_drawn, strict=True)]
     deviation = float(np.std(costs, ddof=1)) if len(costs) > 1 else None
-    error = np.abs(drawn.images.astype(np.int16) - run.data.train.images).mean()
     return run.save_metrics(
         "ceiling",
-        dict(
-            split=split,
+        how
+        | dict(
             real=summarize(of_real),
             round_trips=summarize(of_drawn),
             cost=float(np.mean(costs)),
             standard_error=None if deviation is None else deviation / math.sqrt(len(costs)),
-            error=float(error),
+            error=mean_error(drawn.images, run.data.train.images),
             resizing_error=resizing_error(run.data, settings.base_image_size),
             base_image_size=settings.base_image_size,
-            recipe=recipe,
         ),
     )
 
@@ -185,11 +184,13 @@ def score_scaling(run: Run, config: SamplingConfig) -> list[dict]:
     if all(run.metrics_path(name).exists() for name in names):
         return load_cells(run, *names)
     pool = generate_pool(run, config, largest * size)
+    missing = [k for k in range(1, largest + 1) if not run.metrics_path(names[k]).exists()]
+    images = pool.split(max(missing) * size) if missing else None  # once: several cells may be scored at a time
 
     def score_cell(k: int) -> dict:
         if run.metrics_path(names[k]).exists():
             return read_json(run.metrics_path(names[k]))
-        train, title = (pool.split(k * size), f"x{k}") if k else (run.data.train, "real")
+        train, title = (pool.beginning(images, k * size), f"x{k}") if k else (run.data.train, "real")
         return score_training_set(run, train, names[k], title, priority=k)
 
     executor = run.executor

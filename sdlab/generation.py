@@ -118,6 +118,10 @@ class SyntheticSet:
         shards = [(shard_path(self.folder, i), hashes[str(i)]["sha256"]) for i in range(self.shards_for(count))]
         return Split(images, labels, tuple(shards))
 
+    def beginning(self, split: Split, count: int) -> Split:
+        """The first `count` images of a longer `split`, which share its memory."""
+        return Split(split.images[:count], split.labels[:count], split.shards[: self.shards_for(count)])
+
     def fingerprint(self, count: int) -> str:
         """One hash of the first `count` images' shards."""
         shards = self.manifest["shards"]

@@ -150,6 +150,7 @@ def run_search(run: Run, search: Search) -> dict:
         studies.check_folder(study, run.folder)
         artifacts = studies.AtomicArtifactStore(run.folder / "artifacts")
         finished, parallel = studies.count_finished(study), settings.search_parallel
+        executor = run.executor  # made here, where torch has all its threads
         order = studies.TrialOrder(finished, parallel)
         with run.progress(
             total=search.trials, initial=finished, desc=search.name.replace("_", " "), unit="trial"
@@ -161,7 +162,7 @@ def run_search(run: Run, search: Search) -> dict:
 
             def stop() -> None:
                 order.stop()
-                run.executor.cancel()
+                executor.cancel()
 
             map_in_order(run_one, range(finished, search.trials), parallel, stop)
         finalists = score_finalists(run, search, study)

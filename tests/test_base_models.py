@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from sdlab.base_models import load_base_model
+from sdlab.data import model_files
 from sdlab.data.model_files import TINY
 from sdlab.devices import choose_device, choose_precision
 from sdlab.errors import BadInput
@@ -261,6 +262,18 @@ def test_of_a_hub_repository_only_what_is_needed_is_fetched_at_the_pinned_revisi
     assert len(hub.fetched) == fetched  # what is in the cache is not asked for again
     next(iter((tmp_path / "cache/unet").glob("*.safetensors"))).unlink()
     assert load_base_model(sd14).sha256 == base.sha256  # a cache that was cut is completed
+
+
+def test_half_weights_that_another_program_left_are_not_taken_silently(tmp_path, monkeypatch, capsys):
+    """Offline: the hub may have full ones, which nobody can ask it for."""
+
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(model_files, "cached_snapshot", lambda name, revision, full=False: None if full else tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", offline)
+    assert model_files.fetch_from_hub("a/b", 40 * "1") == tmp_path
+    assert "(OSError): the half-precision weights of a/b in its cache are used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("revision", ["main", "fp16", "133a221"])

@@ -97,6 +97,17 @@ def test_it_is_measured_again_for_another_classifier_unless_the_stage_is_finishe
     run = opened(settings, data, base, classifier_seeds=1, classifier_filters=8)
     second = evaluation.score_ceiling(run)
     assert (first["recipe"]["filters"], second["recipe"]["filters"]) == (4, 8)
+    run.lock.release()
+    run = opened(settings, data, base, classifier_filters=8)
+    assert settings.classifier_seeds > 1 and second["standard_error"] is None
+    second = evaluation.score_ceiling(run)
+    assert second["standard_error"] is not None and second["split"] == "val"
+    run.lock.release()
+    run = opened(settings, data, base, classifier_filters=8, protocol="paper")
+    assert evaluation.score_ceiling(run)["split"] == "test"
+    run.lock.release()
+    run = opened(settings, data, base, classifier_filters=8)
+    assert evaluation.score_ceiling(run) == second
     run.save_metrics("data", {})
     run.finish(run.metrics_path("data"))
     monkeypatch.setattr(evaluation, "round_trip_training_set", None)  # nothing is made

@@ -213,6 +213,8 @@ def test_time_of_an_attempt_that_was_cut_counts(file):
     again = Run(settings, "00_data_and_base_model")
     assert again.record.seconds == pytest.approx(100.0)
     again.lock.release()
+    finished = dataclasses.replace(again.record, finished="2026-12-01T00:00:00+00:00")
+    assert again.lost_seconds(finished) == 0  # then the file is of a later stage
 
 
 @pytest.mark.parametrize(

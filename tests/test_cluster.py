@@ -30,7 +30,7 @@ from sdlab.settings import Settings
 
 distributed = pytest.importorskip("distributed", reason="`make setup` installs it")
 from sdlab.cluster import dask_cluster  # noqa: E402
-from sdlab.cluster.worker import Outcome  # noqa: E402
+from sdlab.cluster.worker import Outcome, kind_of_machine  # noqa: E402
 
 CONFIG = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, class_encoder_epoch=1)
 
@@ -55,6 +55,12 @@ def opened(settings, data, base, **changes) -> Run:
     torch.nn.init.normal_(table.conditions)
     save_checkpoint(table, epoch_folder(run.folder / "class_encoder", 1))
     return run
+
+
+def test_a_gpu_whose_name_says_no_cuda_is_no_cpu(monkeypatch):
+    monkeypatch.setattr("sdlab.cluster.worker.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("sdlab.cluster.worker.environment", lambda _: dict(device="NVIDIA H200"))
+    assert kind_of_machine.__wrapped__("auto")["device_type"] == "cuda"
 
 
 def results(run, images=30) -> dict:

@@ -92,6 +92,13 @@ def test_guidance_acts_in_its_interval_only(pipeline, monkeypatch, interval, gui
     torch.testing.assert_close(found, by_hand(pipeline, [0, 1], 3.0, guided=guided), atol=1e-5, rtol=1e-5)
 
 
+def test_a_share_of_the_steps_is_not_cut_by_floating_point(pipeline, monkeypatch):
+    """0.58 x 50 is 28.999999999999996."""
+    batches = unet_batches(pipeline, monkeypatch)
+    latents_of(pipeline, [0], 3.0, steps=50, guidance_stop=0.58)
+    assert batches == [2] * 29 + [1] * 21
+
+
 @pytest.mark.parametrize("guidance", [0.0, 0.3, 1.0, 2.5])
 def test_conditions_projected_once_make_the_same_images(pipeline, guidance):
     expected = latents_of(pipeline, [0, 2, 1], guidance)

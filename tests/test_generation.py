@@ -1,6 +1,7 @@
 """Synthetic sets: extended, cut short and resumed to the same bytes; nested; class counts as promised."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from sdlab.generation import (
     generate_images,
     real_labels,
 )
+from sdlab.runs.files import write_hashed_json
 from sdlab.runs.shards import shard_path
+from sdlab.sampling_config import SamplingConfig
 from sdlab.schedulers import make_scheduler
 from sdlab.seeds import derive_seed
+from sdlab.tools.repair import regenerate_shards
 
 
 @pytest.fixture
@@ -223,3 +227,22 @@ def test_compiling_without_a_compiler_is_refused(settings, base, monkeypatch):
     assert prepare_unet(base.unet, table, settings).takes_rows
     with pytest.raises(BadInput, match=r"no C\+\+ compiler"):
         prepare_unet(base.unet, table, dataclasses.replace(settings, compile_unet=True))
+
+
+def test_repair_makes_all_shards_up_to_the_last_that_a_manifest_names(settings, base, data, monkeypatch):
+    """Workers' shards come in any order: an interrupted set may have a gap."""
+    folder, asked = settings.run_folder / "synthetic" / "key", []
+    config = SamplingConfig(num_inference_steps=4, guidance_scale=1.5, class_encoder_epoch=1)
+    made_from = dict(config=dataclasses.asdict(config), checkpoints={}, labels="uniform")
+    shards = {str(index): dict(sha256="", seconds=0.0) for index in (0, 1, 3)}
+    write_hashed_json(
+        folder / "manifest.json", dict(key="key", plan=dict(seed=5, shard_size=5), made_from=made_from, shards=shards)
+    )
+    monkeypatch.setattr("sdlab.base_models.load_base_model", lambda _: base)
+    monkeypatch.setattr("sdlab.data.datasets.load_dataset", lambda _: data)
+    monkeypatch.setattr("sdlab.sampling_config.load_pipeline", lambda *_: None)
+    plan = SimpleNamespace(key=lambda: "key", shard_size=5)
+    monkeypatch.setattr("sdlab.generation.plan_generation", lambda *_: plan)
+    monkeypatch.setattr("sdlab.generation.generate", lambda pipeline, plan, root, count, *_: asked.append(count))
+    regenerate_shards(settings, "key")
+    assert asked == [20]

@@ -138,6 +138,14 @@ def test_notebooks_are_thin_stripped_and_have_one_parameters_cell(path):
     first = notebook.cells[0].source
     title = f"# {path.stem[:2]} " if path in NOTEBOOKS else f"# {path.stem.capitalize()}\n"
     assert first.startswith(title) and "| reads | writes | minutes" in first
+    if path in NOTEBOOKS:  # the same number stands in the README
+        (minutes,) = re.findall(r"\| ([\d.]+) \|$", first, re.MULTILINE)
+        row = next(
+            line
+            for line in (PROJECT_ROOT / "README.md").read_text().splitlines()
+            if line.startswith(f"| [{path.stem[:2]} ")
+        )
+        assert row.endswith(f"| {minutes} |")
 
 
 def imported_modules(path: Path) -> set[str]:

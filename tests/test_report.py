@@ -198,6 +198,20 @@ def test_the_ceiling_of_the_vae_is_a_line_under_the_tables(experiments):
     )
 
 
+def test_a_missing_record_of_test_readings_is_told_and_keeps_nobody_from_the_tables(experiments):
+    (experiments[1].settings.run_folder / "test_readings.jsonl").unlink()
+    lines = [line for line in table_remarks(experiments, table_1(experiments)) if "test set on record" in line]
+    assert "(5 readings of the test set on record)" in lines[0]
+    assert "(the file is missing: no readings of the test set on record)" in lines[1]
+
+
+def test_other_importances_make_the_tables_again(experiments, monkeypatch):
+    """Figure 1 is made from notebook 06, which does not depend on 05."""
+    monkeypatch.setattr(printing, "read_record", lambda settings, number: number)
+    monkeypatch.setattr(printing, "record_digest", lambda number: f"digest of {number}")
+    assert printing.experiment_digests(experiments[:1]) == {"digits-x": ["digest of 05", "digest of 06"]}
+
+
 def test_the_picture_of_figure_1_holds_our_bars_and_the_papers(experiments):
     figure = figures.plot_importances(tables.figure_1(experiments))
     assert [len(ax.patches) >= 6 for ax in figure.axes] == [True, True]
@@ -213,7 +227,7 @@ def test_figure_1_is_averaged_over_data_sets():
     assert first == pytest.approx(dict(epoch=0.37, guidance_scale=0.58, num_inference_steps=0.06), abs=0.011)
     assert second == pytest.approx(dict(epoch=0.14, guidance_scale=0.69, num_inference_steps=0.17), abs=0.011)
     row = means.loc[("search_1", "guidance_scale")]
-    assert (row.ours, row.difference, row["ours, data sets"]) == (0.7, 0.12, 2)
+    assert (row.ours, row.difference, row["our experiments"]) == (0.7, 0.12, 2)
 
 
 def test_the_legends_of_the_reports_figures_cover_nothing(experiments):

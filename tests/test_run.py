@@ -16,6 +16,7 @@ import torch
 from sdlab.errors import BadInput
 from sdlab.runs.files import atomic_write, file_lock, files_below, partial_writes, remove_partial_writes, write_json
 from sdlab.runs.locks import Lock
+from sdlab.runs.progress import Progress
 from sdlab.runs.records import FileHash, cpu_name, environment_change, read_record, write_record
 from sdlab.runs.run import FORMER_TINY, Run
 from sdlab.runs.stages import STAGES, Reason, State, stage_state
@@ -359,6 +360,14 @@ def test_progress_is_written_for_the_terminal(settings, monkeypatch):
     said = json.loads((run.folder / "progress.json").read_text())
     assert (said["desc"], said["n"], said["total"], said["unit"]) == ("work", 4, 10, "img") and said["rate"] > 0
     run.lock.release()
+
+
+def test_progress_of_a_download_of_unknown_size_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDLAB_PROGRESS_FILE_ONLY", "1")
+    with Progress(tmp_path / "progress.json", None, "fetch a.npz", "B") as bar:
+        bar.update(5)
+        bar.update(7)
+        assert bar.state["n"] == 12 and bar.state["total"] is None
 
 
 def test_settings_and_runs_import_no_torch():

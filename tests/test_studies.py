@@ -112,7 +112,7 @@ def test_committed_runs_are_joined_and_figure_1_is_their_mean(tmp_path, monkeypa
         assert name in (folder / "table_1.md").read_text() and name in (folder / "table_2.md").read_text()
     effects, means = pd.read_csv(folder / "figure_1.csv"), pd.read_csv(folder / "figure_1_means.csv")
     assert set(effects[effects.source == "ours"].who) == {"one", "two"} and not effects.duplicated().any()
-    assert np.allclose(means.ours, 0.2) and (means["ours, data sets"] == 2).all()
+    assert np.allclose(means.ours, 0.2) and (means["our experiments"] == 2).all()
 
 
 def test_the_committed_join_is_of_the_committed_runs(tmp_path, monkeypatch):

@@ -51,6 +51,19 @@ def test_a_failure_ends_the_others(four_threads, failing):
     assert ended == [1 - failing] and torch.get_num_threads() == 4
 
 
+def test_tasks_have_the_threads_of_the_executors_maker_whichever_thread_calls(four_threads):
+    """A trial's thread may have begun while another trial's tasks shared torch's threads."""
+    executor, found = InThisProcess("cpu"), []
+
+    def call():
+        torch.set_num_threads(1)
+        executor.each(lambda *_: torch.get_num_threads(), None, [()], lambda _, n: found.append(n), lambda n: None)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+    assert found == [4] and executor.threads == 4
+
+
 def test_a_cancelled_caller_stops_at_its_next_step_and_the_next_one_works():
     """A trial failed while another one of the same search makes its set."""
     executor, stepped = InThisProcess("cpu"), threading.Event()

@@ -334,6 +334,15 @@ def test_what_may_not_be_read_is_not_called_damaged(base, moments, tmp_path, nam
         load_checkpoint(ClassTable, tmp_path, 1)
 
 
+def test_a_finished_training_without_its_history_is_refused_and_keeps_its_files(base, moments, tmp_path):
+    fit(base, moments, tmp_path, plan(epochs=2))
+    (tmp_path / "history.json").unlink()
+    kept = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(BadInput, match=r"history\.json has 0 of the 2 epochs .*: put a copy of it back, or move"):
+        fit(base, moments, tmp_path, plan(epochs=2))
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == kept
+
+
 def test_a_class_encoders_checkpoint_is_its_table(base, moments, tmp_path):
     encoder, _ = fit(base, moments, tmp_path, plan(epochs=2))
     table = load_checkpoint(ClassTable, tmp_path, 2)

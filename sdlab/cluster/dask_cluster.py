@@ -85,7 +85,7 @@ class Cluster(Executor):
             if self.local is not None:  # else a repeated cell would start more
                 self.local.close()
             raise
-        self.on_cpu, self.threads = "cuda" not in self.environment["device"], settings.cluster_threads
+        self.on_cpu, self.threads = self.environment["device_type"] == "cpu", settings.cluster_threads
         self.refused: dict[str, str] = {}  # worker -> how it differs
         self.experiment = experiment
         self.lock, self.counter = threading.RLock(), itertools.count()

@@ -22,11 +22,7 @@ class InThisProcess(Executor):
 
     def __init__(self, device: str = "auto"):
         self.device, self.cancelled = device, threading.Event()
-
-    @property
-    def threads(self) -> int:
-        """Of a worker, for torch."""
-        return torch.get_num_threads()
+        self.threads = torch.get_num_threads()  # of the thread that makes it: another may begin while tasks share them
 
     @property
     def on_cpu(self) -> bool:
@@ -75,4 +71,5 @@ class InThisProcess(Executor):
             finished(call, function(experiment, *call, progressed))
 
         with self.alone:  # trials that run at a time take turns
+            torch.set_num_threads(self.threads)
             map_in_threads(run_task, calls, at_a_time)

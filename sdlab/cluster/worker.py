@@ -124,7 +124,7 @@ def kind_of_machine(device: str) -> dict[str, Any]:
     kind.pop("threads", None)  # a job sets them
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
-    return kind | dict(sdlab=code.hexdigest()[:12])
+    return kind | dict(device_type=choose_device(device).type, sdlab=code.hexdigest()[:12])
 
 
 def differences(context: Context) -> tuple[str, ...]:

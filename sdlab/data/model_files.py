@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -113,6 +114,11 @@ def fetch_from_hub(name: str, revision: str) -> Path:
         raise BadInput(f"The base model {name} at revision {revision} cannot be used: {error}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         if half:
+            print(
+                f"The hub could not be reached ({type(error).__name__}): the half-precision weights of {name} in its cache are "
+                "used, though the hub may have full ones.",
+                file=sys.stderr,
+            )
             return half
         mirror = ""
         if name == Settings.base_model:

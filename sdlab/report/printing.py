@@ -143,9 +143,9 @@ def paragraphs(sentences: Sequence[str]) -> str:
     return "\n\n".join(lines)
 
 
-def experiment_digests(experiments: list[tables.FinishedExperiment]) -> dict[str, str]:
-    """What tables are made from: a digest of each experiment."""
-    return {experiment.name: record_digest(read_record(experiment.settings, "05")) for experiment in experiments}
+def experiment_digests(experiments: list[tables.FinishedExperiment]) -> dict[str, list[str]]:
+    """What tables and Figure 1 are made from: digests of each experiment's sizes (05) and importances (06)."""
+    return {e.name: [record_digest(read_record(e.settings, number)) for number in ("05", "06")] for e in experiments}
 
 
 def tables_are_current(settings: Settings) -> bool:

@@ -27,14 +27,15 @@ def table_remarks(experiments: Sequence[FinishedExperiment], table: pd.DataFrame
 def experiment_remarks(experiment: FinishedExperiment) -> list[str]:
     """The result, the protocol, the findings about the data, and the settings that are not the paper's."""
     data, settings, name = experiment.metrics("data"), experiment.settings, experiment.name
-    readings = len((settings.run_folder / "test_readings.jsonl").read_text().splitlines())
+    file = settings.run_folder / "test_readings.jsonl"
+    readings = f"{len(file.read_text().splitlines())} readings" if file.exists() else "the file is missing: no readings"
     seen = {
         "sealed": "validation images; the test set only filled the tables",
         "paper": "the test set, as in the paper",
     }
     protocol = (
         f"{name}: protocol {settings.protocol}: every decision of the run (trials, epochs, early stopping, size) saw "
-        f"{seen[settings.protocol]} ({readings} readings of the test set on record). Base model {data['base_model']}; "
+        f"{seen[settings.protocol]} ({readings} of the test set on record). Base model {data['base_model']}; "
         f"{sum(data['counts']['test'])} test images; always answering the most frequent class scores "
         f"{100 * data['majority_share_test']:.1f} %; classifier images {settings.image_size} px."
     )

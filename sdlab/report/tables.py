@@ -174,7 +174,7 @@ def figure_1(experiments: Sequence[FinishedExperiment]) -> pd.DataFrame:
 
 
 def figure_1_means(effects: pd.DataFrame) -> pd.DataFrame:
-    """The bars of Figure 1: means over data sets, ours and the paper's, and the number of ours."""
+    """The bars of Figure 1: means over our experiments and over the paper's data sets, and the number of ours."""
     means = effects.pivot_table(values="importance", index=["search", "parameter"], columns="source")
-    count = {"ours, data sets": effects[effects.source == "ours"].who.nunique()}
+    count = {"our experiments": effects[effects.source == "ours"].who.nunique()}
     return means.assign(difference=means.ours - means.paper, **count).round(2)

@@ -17,7 +17,7 @@ class Progress:
     `sdlab run` sets SDLAB_PROGRESS_FILE_ONLY, so executed notebooks contain no bars.
     """
 
-    def __init__(self, path: Path | None, total: int, desc: str, unit: str, initial: int = 0):
+    def __init__(self, path: Path | None, total: int | None, desc: str, unit: str, initial: int = 0):
         self.path, self.initial, self.written, self.started = path, initial, 0.0, time.monotonic()
         self.state = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0, time=time.time())
         silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
@@ -25,7 +25,8 @@ class Progress:
         self.write()
 
     def update(self, n: int = 1) -> None:
-        n = min(n, self.state["total"] - self.state["n"])  # the last of a worker's parts may be smaller
+        if self.state["total"] is not None:  # of a download it may be unknown
+            n = min(n, self.state["total"] - self.state["n"])  # the last of a worker's parts may be smaller
         self.state["n"] += n
         self.state["rate"] = (self.state["n"] - self.initial) / max(time.monotonic() - self.started, 1e-9)
         if self.bar is not None:

@@ -167,6 +167,8 @@ class Run(Experiment):
 
     def lost_seconds(self, before: StageRecord) -> float:
         """Seconds that an unfinished attempt worked: from its start until its last sign of progress."""
+        if before.finished:
+            return 0.0  # the file is of a later stage
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
             return round(max(state["time"] - before.opened_at, 0.0), 1)

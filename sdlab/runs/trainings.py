@@ -104,6 +104,11 @@ class Training:
                 f"{self.folder} lacks a checkpoint that its training had written, or it is damaged: move the folder away and "
                 "run its stage again, which repeats the training."
             )
+        if len(self.history) < self.position.epochs:
+            raise BadInput(
+                f"{self.folder / 'history.json'} has {len(self.history)} of the {self.position.epochs} epochs that its training "
+                "has finished: put a copy of it back, or move the folder away and run its stage again, which repeats the training."
+            )
         self.history = self.history[: self.position.epochs]
         self.done = self.position.epochs * self.per_epoch + self.position.steps
         # Weights and Adam's two moments in float32, twice while a state is written; per epoch a half-precision UNet or a table.
