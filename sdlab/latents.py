@@ -85,7 +85,9 @@ def resizing_error(data: ImageDataset, base_size: int, images: int = 1000) -> fl
     """
     count = len(data.train)
     indices = np.linspace(0, count - 1, min(images, count)).astype(int)
-    resized = to_uint8(to_model(data.training_images(indices, base_size), base_size), data.image_size)
+    batches = [indices[i : i + ENCODE_BATCH] for i in range(0, len(indices), ENCODE_BATCH)]
+    at_base_size = (to_model(data.training_images(batch, base_size), base_size) for batch in batches)
+    resized = np.concatenate([to_uint8(batch, data.image_size) for batch in at_base_size])
     return mean_error(resized, data.train.images[indices])
 
 

@@ -89,5 +89,5 @@ def regenerate_shards(settings: Settings, key: str) -> None:
         raise BadInput(
             f"{folder} was made from other weights, data or settings than those of now: its shards cannot be made again."
         )
-    count = (max(map(int, manifest["shards"])) + 1) * plan.shard_size  # workers' shards come in any order
+    count = (max(map(int, manifest["shards"]), default=-1) + 1) * plan.shard_size  # workers' shards come in any order
     generate(load_pipeline(run, config), plan, folder.parent, count, run.progress, "repair")
