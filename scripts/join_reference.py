@@ -18,7 +18,7 @@ from sdlab.report.remarks import METRICS_NOTE
 def joined(name: str) -> pd.DataFrame:
     """The rows of a file of all committed runs, in the order of their names; the paper's once.
 
-    A run's tables hold all experiments that lay in its `runs_root`, perhaps an earlier run of another one: its own count.
+    A run's tables hold all experiments of its `runs_root`, perhaps an earlier run of another one: only its own count.
     """
     files = sorted(path for path in REFERENCE.glob(f"*/{name}.csv") if path.parent.name != "all")
     return pd.concat([own_rows(path) for path in files]).drop_duplicates(ignore_index=True)
