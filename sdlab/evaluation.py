@@ -121,7 +121,7 @@ def score_ceiling(run: Run) -> dict | None:
             cost=float(np.mean(costs)),
             standard_error=None if deviation is None else deviation / math.sqrt(len(costs)),
             error=mean_error(drawn.images, run.data.train.images),
-            resizing_error=resizing_error(run.data, settings.base_image_size),
+            resizing_error=resizing_error(run.data, settings.base_image_size, settings.base_resizing),
             base_image_size=settings.base_image_size,
         ),
     )

@@ -59,9 +59,14 @@ class GenerationPlan:
     base_size: int  # pixels of the base model's images
     image_size: int  # pixels of the classifier's images, which are kept
     shard_size: int
+    resizing: str = "bilinear"  # from the one to the other
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it; `resizing` only if it is not the authors', since sets older than this field go by the same key."""
+        return {name: value for name, value in self.__dict__.items() if (name, value) != ("resizing", "bilinear")}
 
     def key(self) -> str:
-        return sha256_of_json(self.__dict__)[:16]
+        return sha256_of_json(self.as_dict())[:16]
 
     def labels_of(self, start: int, stop: int) -> np.ndarray:
         """Labels start ... stop - 1 of the sequence, int64."""
@@ -88,7 +93,7 @@ class SyntheticSet:
         if (self.folder / "manifest.json").exists():
             return read_manifest(self.folder)
         # Without the labels, which stand in the shards: a period may be as long as the real training set.
-        plan = {name: value for name, value in self.plan.__dict__.items() if name != "labels"}
+        plan = {name: value for name, value in self.plan.as_dict().items() if name != "labels"}
         return {"key": self.plan.key(), "plan": plan, "made_from": self.made_from, "shards": {}}
 
     def shards_for(self, count: int) -> int:
@@ -148,6 +153,7 @@ def plan_generation(
         base_size=settings.base_image_size,
         image_size=run.data.image_size,
         shard_size=settings.shard_size,
+        resizing=settings.base_resizing,
     )
 
 
@@ -306,7 +312,7 @@ def generate_images(
             output_type="pt",
             after_step=after_step,
         )
-        return to_uint8(output.images, plan.image_size)
+        return to_uint8(output.images, plan.image_size, plan.resizing)
 
     workers = count_parallel_batches(len(indices), pipeline.device)
     size = -(-len(indices) // workers)

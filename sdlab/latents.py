@@ -50,10 +50,15 @@ class Moments:
 
 def encode_training_set(run: Run) -> Moments:
     """The training images' posterior moments, cached in `latents/train.npz`."""
-    path = run.folder / "latents" / "train.npz"
-    size, made_from = run.settings.base_image_size, run.data.fingerprint()
+    path, size = run.folder / "latents" / "train.npz", run.settings.base_image_size
     encode = in_parts_of_training_set(run, encode_part_of_run)
-    return encode_parts(encode, len(run.data.train), run.base, size, path, made_from, run.progress)
+    return encode_parts(encode, len(run.data.train), run.base, size, path, training_images_key(run), run.progress)
+
+
+def training_images_key(run: Run) -> str:
+    """Names the training images, and how they are resized unless it is the authors' way."""
+    resizing = run.settings.base_resizing
+    return run.data.fingerprint() + f" {resizing}" * (resizing != "bilinear")
 
 
 def in_parts_of_training_set(run: Run, function: Callable) -> Callable:
@@ -72,22 +77,22 @@ def round_trip_training_set(run: Run) -> Split:
     posterior's mean, at `image_size` pixels. They are cached until the stage is finished. Raises `BadInput`.
     """
     data, compute = run.data, in_parts_of_training_set(run, round_trip_part_of_run)
-    key = cache_key(run.base, data.fingerprint(), run.settings.base_image_size, data.image_size)
+    key = cache_key(run.base, training_images_key(run), run.settings.base_image_size, data.image_size)
     path = run.folder / "begun" / "round_trips.npz"
     (images,) = compute_parts(compute, len(data.train), key, path, ("images",), "round trips", run.progress)
     return Split(images, data.train.labels)
 
 
-def resizing_error(data: ImageDataset, base_size: int, images: int = 1000) -> float:
+def resizing_error(data: ImageDataset, base_size: int, resizing: str = "bilinear", images: int = 1000) -> float:
     """Mean error of a pixel, of 255, if training images are resized to the base model's size and back, without a VAE.
 
-    Bilinear resizing is exact at equal sizes, blurs most just above, and less from four times the size on.
+    Resizing is exact at equal sizes. It blurs most just above, and less from four times the size on.
     """
     count = len(data.train)
     indices = np.linspace(0, count - 1, min(images, count)).astype(int)
     batches = [indices[i : i + ENCODE_BATCH] for i in range(0, len(indices), ENCODE_BATCH)]
-    at_base_size = (to_model(data.training_images(batch, base_size), base_size) for batch in batches)
-    resized = np.concatenate([to_uint8(batch, data.image_size) for batch in at_base_size])
+    at_base_size = (to_model(data.training_images(batch, base_size), base_size, resizing) for batch in batches)
+    resized = np.concatenate([to_uint8(batch, data.image_size, resizing) for batch in at_base_size])
     return mean_error(resized, data.train.images[indices])
 
 
@@ -160,11 +165,12 @@ def compute_parts(
 
 
 def encode_part_of_run(run: Run, images: TrainingImages | Split, size: int, on_progress: Callable) -> tuple:
-    return encode_part(run.base, *source_of(images), size, on_progress)
+    return encode_part(run.base, *source_of(images), size, on_progress, run.settings.base_resizing)
 
 
 def round_trip_part_of_run(run: Run, images: TrainingImages | Split, size: int, on_progress: Callable) -> tuple:
-    return (round_trip_part(run.base, *source_of(images), size, run.data.image_size, on_progress),)
+    source, resizing = source_of(images), run.settings.base_resizing
+    return (round_trip_part(run.base, *source, size, run.data.image_size, on_progress, resizing),)
 
 
 def source_of(images: TrainingImages | Split) -> tuple[Callable[[range], np.ndarray], range]:
@@ -176,12 +182,18 @@ def source_of(images: TrainingImages | Split) -> tuple[Callable[[range], np.ndar
 
 @torch.no_grad()
 def encode_part(
-    base: BaseModel, images: Callable[[range], np.ndarray], indices: range, size: int, on_progress: Callable[[int], Any]
+    base: BaseModel,
+    images: Callable[[range], np.ndarray],
+    indices: range,
+    size: int,
+    on_progress: Callable[[int], Any],
+    resizing: str = "bilinear",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means and deviations of the images at some indices, float16. Raises `BadInput`."""
     batches = []
     for start in range(indices.start, indices.stop, ENCODE_BATCH):
-        batch = to_model(images(range(start, min(start + ENCODE_BATCH, indices.stop))), size).to(base.device)
+        read = images(range(start, min(start + ENCODE_BATCH, indices.stop)))
+        batch = to_model(read, size, resizing).to(base.device)
         with raise_on_oom(f"{len(batch)} images of {size} px in the VAE", "take a smaller `base_image_size`"):
             posterior = base.vae.encode(batch).latent_dist
         batches.append((posterior.mean.half().cpu().numpy(), posterior.std.half().cpu().numpy()))
@@ -203,13 +215,16 @@ def round_trip_part(
     size: int,
     image_size: int,
     on_progress: Callable,
+    resizing: str = "bilinear",
 ) -> np.ndarray:
     """The images at some indices through the VAE and back: uint8 (n, 3, image_size, image_size). Raises `BadInput`."""
     batches = []
     for start in range(indices.start, indices.stop, ENCODE_BATCH):
-        batch = to_model(images(range(start, min(start + ENCODE_BATCH, indices.stop))), size).to(base.device)
+        read = images(range(start, min(start + ENCODE_BATCH, indices.stop)))
+        batch = to_model(read, size, resizing).to(base.device)
         with raise_on_oom(f"{len(batch)} images of {size} px in the VAE", "take a smaller `base_image_size`"):
-            batches.append(to_uint8(base.vae.decode(base.vae.encode(batch).latent_dist.mean).sample, image_size))
+            decoded = base.vae.decode(base.vae.encode(batch).latent_dist.mean).sample
+            batches.append(to_uint8(decoded, image_size, resizing))
         on_progress(len(batch))
     return np.concatenate(batches)
 

@@ -81,6 +81,9 @@ class Settings:
     # Data (section 4 of the paper).
     image_size: int = setting(32, "00", "side in pixels of the classifier's images", low=8, high=512)
     base_image_size: int = setting(128, "00", "side in pixels of the base model's images", low=8, high=1024)
+    base_resizing: str = setting(
+        "bilinear", "00", "to base_image_size and back; bicubic keeps more", choices=("bilinear", "bicubic")
+    )
     val_share: float = setting(0.1, "00", "share of each class drawn for a missing val split", low=0.01, high=0.45)
     test_share: float = setting(0.2, "00", "share of each class drawn for a missing test split", low=0.01, high=0.45)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,13 +28,14 @@ def opened(settings, data, base, **changes) -> Run:
     return Run(dataclasses.replace(settings, **changes), STAGES["00"].stem, data, base)
 
 
-def test_round_trips_are_what_the_vae_draws_of_each_image(settings, data, base, monkeypatch):
+@pytest.mark.parametrize("resizing", ["bilinear", "bicubic"])
+def test_round_trips_are_what_the_vae_draws_of_each_image(settings, data, base, monkeypatch, resizing):
     monkeypatch.setattr(latents, "ENCODE_BATCH", 8)
     monkeypatch.setattr(latents, "PART", 16)
-    drawn = round_trip_training_set(opened(settings, data, base))
+    drawn = round_trip_training_set(opened(settings, data, base, base_resizing=resizing))
     with torch.no_grad():
-        mean = base.vae.encode(to_model(data.train.images, settings.base_image_size)).latent_dist.mean
-        expected = to_uint8(base.vae.decode(mean).sample, data.image_size)
+        mean = base.vae.encode(to_model(data.train.images, settings.base_image_size, resizing)).latent_dist.mean
+        expected = to_uint8(base.vae.decode(mean).sample, data.image_size, resizing)
     assert drawn.images.shape == data.train.images.shape and drawn.images.dtype == np.uint8
     assert abs(drawn.images.astype(int) - expected).max() <= 1  # another batch may round otherwise
     assert np.array_equal(drawn.labels, data.train.labels) and drawn.images.std() > 0
@@ -45,6 +47,18 @@ def test_resizing_alone_is_exact_at_equal_sizes_and_worst_just_above(data):
     assert errors[0] == 0 and errors[1] > 2 * errors[2] > 0
     one = to_uint8(to_model(data.train.images[:1], size + 1), size).astype(int) - data.train.images[:1]
     assert latents.resizing_error(data, size + 1, images=1) == abs(one).mean()
+
+
+def test_latents_and_ceiling_are_of_the_resizing_that_was_asked_for(settings, data, base):
+    means, errors = [], []
+    for name, resizing in (("one", "bilinear"), ("two", "bicubic")):
+        run = opened(settings, data, base, experiment=name, base_resizing=resizing, classifier_seeds=1)
+        means.append(latents.encode_training_set(run).mean)
+        errors.append(evaluation.score_ceiling(run)["resizing_error"])
+    assert not torch.equal(*means) and errors[0] > errors[1] > 0
+    other = opened(settings, data, base, experiment="three", base_resizing="bicubic")
+    shutil.copytree(settings.run_folder.parent / "one" / "latents", other.folder / "latents")
+    assert torch.equal(latents.encode_training_set(other).mean, means[1])  # not those of the cache
 
 
 def test_round_trips_that_were_cut_go_on_after_their_last_part(settings, data, base, monkeypatch):

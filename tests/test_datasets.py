@@ -67,5 +67,14 @@ def test_resizing_is_bilinear_without_antialiasing():
     assert resize(image, 2).max() == 0
 
 
+def test_bicubic_resizing_keeps_more_and_stays_in_range():
+    images = digits().train.images[:200]
+    there = {how: to_model(images, 32, how) for how in ("bilinear", "bicubic")}
+    lost = {how: np.abs(to_uint8(pixels, 8, how).astype(int) - images).mean() for how, pixels in there.items()}
+    assert lost["bicubic"] < lost["bilinear"] / 5
+    assert there["bicubic"].min() == -1 and there["bicubic"].max() == 1  # it overshoots, and is cut
+    assert np.array_equal(to_uint8(there["bilinear"], 8), to_uint8(there["bilinear"], 8, "bilinear"))
+
+
 def test_the_classifiers_size_can_differ_from_the_scans():
     assert digits(image_size=16).train.images.shape == (1000, 3, 16, 16)
