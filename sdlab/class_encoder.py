@@ -67,7 +67,9 @@ class ClassTable(ModelMixin, ConfigMixin):
         """
         classes = self.table()[:-1].detach().flatten(1).double()
         variances = torch.linalg.svdvals(classes - classes.mean(0)).square()
-        ratios = variances / variances.sum()
+        ratios = variances / variances.sum().clamp(
+            min=torch.finfo(variances.dtype).tiny
+        )  # classes that are all alike: 1
         return float(torch.special.entr(ratios).sum().exp())
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdlab.data.images import Split
+from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
 
 GLOBAL_GENERATOR = threading.Lock()  # initial weights are drawn from torch's one generator for all threads
@@ -63,9 +64,12 @@ class ResNet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(self.head.bias)
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, 3, h, w) in [0, 1] -> what the last layer reads: (n, 4 * initial_filters)."""
+        return self.blocks(F.relu(self.bn(self.stem(x)))).mean((2, 3))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(F.relu(self.bn(self.stem(x))))
-        return self.head(x.mean((2, 3)))
+        return self.head(self.features(x))
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class ClassifierRecipe:
     patience: int
     stop_patience: int
     min_learning_rate: float = 1e-5
+    augmentation: str = "none"  # of a batch: the paper has none
 
     @classmethod
     def from_settings(cls, settings: Settings, searching: bool = False) -> "ClassifierRecipe":
@@ -118,11 +123,12 @@ def train_classifier(
 ) -> TrainedClassifier:
     """Train ResNet20 on `train`; plateau, stopping and the choice of weights watch the accuracy on `val`.
 
-    Adam, label smoothing, reduce-on-plateau x 0.1, early stopping, best weights restored; no augmentation.
+    Adam, label smoothing, reduce-on-plateau x 0.1, early stopping, best weights restored.
     An epoch is a pass over the images, or `train_steps / epochs` training steps.
     Several may be trained at once, in threads: each depends on its own seed only.
     """
     generator = torch.Generator().manual_seed(seed)
+    changes = torch.Generator().manual_seed(derive_seed(seed, "augmentation"))  # the batches do not depend on it
     with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ResNet20(num_classes, recipe.filters).to(device, memory_format=torch.channels_last)
@@ -139,7 +145,8 @@ def train_classifier(
         losses = []
         for _ in range(steps):
             batch = next(batches).to(device)
-            losses.append(training_step(model, optimizer, images[batch], labels[batch], recipe.label_smoothing))
+            pixels = augmented(images[batch], recipe.augmentation, changes)
+            losses.append(training_step(model, optimizer, pixels, labels[batch], recipe.label_smoothing))
         accuracy = float((predict(model, val).argmax(1) == val.labels).mean())
         if after_epoch is not None:
             after_epoch()
@@ -172,6 +179,23 @@ def training_step(
     return loss.detach()
 
 
+def augmented(images: torch.Tensor, how: str, generator: torch.Generator) -> torch.Tensor:
+    """uint8 (n, 3, h, w), each shifted by up to an eighth of its side (its border repeated) and, if asked, half of them flipped."""
+    if how == "none":
+        return images
+    count, _, height, width = images.shape
+    reach = max(1, height // 8)
+    moved = torch.randint(2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
+    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+    if how == "flips_and_shifts":
+        flipped = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
+        columns = torch.where(flipped, columns.flip(0), columns)
+    rows, columns = moved[0] + rows, moved[1] + columns
+    padded = F.pad(images.float(), (reach,) * 4, mode="replicate").to(images.dtype)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 def endless_batches(count: int, batch_size: int, generator: torch.Generator):
     """Index batches of shuffled passes over `count` images, without end; a pass ends with the remainder."""
     while True:
@@ -193,11 +217,18 @@ def as_input(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
 def predict(model: ResNet20, split: Split, batch_size: int = 0) -> np.ndarray:
-    """Logits (n, C). `batch_size` 0: 1,024, or on a CPU 256, whose activations its caches hold."""
+    """Logits (n, C)."""
+    return answers(model, model, split.images, batch_size)
+
+
+@torch.no_grad()
+def answers(model: ResNet20, part: Callable, images: np.ndarray, batch_size: int = 0) -> np.ndarray:
+    """What the model, or a `part` of it, answers to uint8 images: float32 (n, ...).
+
+    `batch_size` 0: 1,024, or on a CPU 256, whose activations its caches hold.
+    """
     model.eval()
     device = next(model.parameters()).device
-    batch_size = batch_size or (256 if device.type == "cpu" else 1024)
-    images = torch.from_numpy(split.images)
-    return torch.cat([model(as_input(part.to(device))).float().cpu() for part in images.split(batch_size)]).numpy()
+    batches = torch.from_numpy(images).split(batch_size or (256 if device.type == "cpu" else 1024))
+    return torch.cat([part(as_input(batch.to(device))).float().cpu() for batch in batches]).numpy()

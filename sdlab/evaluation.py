@@ -8,9 +8,11 @@ the Classification Accuracy Score of Ravuri and Vinyals 2019 (docs/method.md, it
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from sdlab.classifier import ClassifierRecipe, predict, train_classifier
 from sdlab.data.images import Split
@@ -19,7 +21,7 @@ from sdlab.generation import SyntheticSet, generate_set, plan_generation, real_l
 from sdlab.latents import mean_error, resizing_error, round_trip_training_set
 from sdlab.metrics import METRICS, Score, score_predictions, summarize
 from sdlab.runs.experiment import Experiment
-from sdlab.runs.files import read_hashed_json, read_json, sha256_of_json, write_hashed_json
+from sdlab.runs.files import atomic_write, read_hashed_json, read_json, sha256_of_json, write_hashed_json
 from sdlab.runs.run import Run
 from sdlab.sampling_config import SamplingConfig
 from sdlab.seeds import derive_seed
@@ -34,49 +36,66 @@ def train_and_score_classifiers(
     desc: str = "classifier",
     searching: bool = False,
     priority: int = 0,
+    recipe: ClassifierRecipe | None = None,
+    keep_logits: Path | None = None,
 ) -> dict[str, list[Score]]:
     """Train one classifier per seed on `train` and score each on real images: split -> a `Score` per seed.
 
+    `recipe` is the settings' unless another one is given. `keep_logits` is a file for the answers to test images (`read_logits`).
     On a CPU as many train at a time as torch has threads, which they share. The scores of each are cached in the run's
     work folder under a hash of everything they depend on, so an interrupted run finds them.
     Raises `BadInput` if the memory does not hold a classifier's training.
     """
-    executor, recipe = run.executor, ClassifierRecipe.from_settings(run.settings, searching)
+    executor, recipe = run.executor, recipe or ClassifierRecipe.from_settings(run.settings, searching)
     # The number at a time is kept even when some scores are cached: the thread count changes the last bits.
     at_a_time = min(len(seeds), executor.threads) if executor.on_cpu else 1
     cache = run.work_folder and run.work_folder / "classifiers"
     made_from = [train.fingerprint(), run.data.fingerprint(), asdict(recipe), list(splits), METRICS] if cache else []
     files = {seed: cache / f"{sha256_of_json([*made_from, seed])[:16]}.json" if cache else None for seed in seeds}
-    scores = {
-        seed: [Score.from_json(s) for s in read_hashed_json(file)["scores"]]
-        for seed, file in files.items()
-        if file and file.exists()
-    }
+    scores, logits = {}, {}
+    for seed, file in files.items():
+        if file and file.exists() and (keep_logits is None or file.with_suffix(".safetensors").exists()):
+            scores[seed] = [Score.from_json(s) for s in read_hashed_json(file)["scores"]]
+            logits[seed] = load_file(file.with_suffix(".safetensors"))["logits"] if keep_logits else None
     missing = [seed for seed in seeds if seed not in scores]
 
-    def keep(call: tuple, result: list[Score]) -> None:
+    def keep(call: tuple, result: tuple[list[Score], np.ndarray | None]) -> None:
         seed = call[1]
-        scores[seed] = result
+        scores[seed], logits[seed] = result
+        if cache and keep_logits:
+            save_arrays(files[seed].with_suffix(".safetensors"), logits=logits[seed])
         if cache:
-            write_hashed_json(files[seed], dict(seed=seed, scores=[asdict(s) for s in result]))
+            write_hashed_json(files[seed], dict(seed=seed, scores=[asdict(s) for s in scores[seed]]))
 
     desc = f"{desc}: {len(seeds)} classifier{'s' if len(seeds) > 1 else ''}"
     done = (len(seeds) - len(missing)) * recipe.epochs
     with run.progress(total=len(seeds) * recipe.epochs, initial=done, desc=desc, unit="epoch") as bar:
         calls = [(train, seed, recipe, tuple(splits)) for seed in missing]
         executor.each(train_and_score, run, calls, keep, bar.update, at_a_time, steps=recipe.epochs, priority=priority)
+    if keep_logits:
+        save_arrays(keep_logits, logits=np.stack([logits[seed] for seed in seeds]), labels=run.data.test.labels)
     return {split: [scores[seed][i] for seed in seeds] for i, split in enumerate(splits)}
 
 
 def train_and_score(
     run: Experiment, train: Split, seed: int, recipe: ClassifierRecipe, splits: Sequence[str], on_progress: Callable
-) -> list[Score]:
-    """Train one classifier, and score it on each of the real `splits`. Raises `BadInput` if the memory is too small."""
+) -> tuple[list[Score], np.ndarray | None]:
+    """Train one classifier, and score it on each of the real `splits`; with its logits of test images, float32 (n, C).
+
+    Raises `BadInput` if the memory is too small.
+    """
     data, device = run.data, choose_device(run.settings.device)
     remedy = "take a smaller `classifier_batch_size` in an experiment of its own"
     with raise_on_oom(f"a classifier's training step of {recipe.batch_size} images", remedy):
         trained = train_classifier(train, data.val, data.num_classes, recipe, seed, device, on_progress)
-        return [score_predictions(predict(trained.model, data.splits[n]), data.splits[n].labels) for n in splits]
+        logits = {name: predict(trained.model, data.splits[name]) for name in splits}
+    scores = [score_predictions(logits[name], data.splits[name].labels) for name in splits]
+    return scores, logits.get("test")
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    with atomic_write(path) as partial:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
 
 
 def deciding_split(protocol: str) -> str:
@@ -132,7 +151,8 @@ def score_round_trips(run: Run) -> dict | None:
     path = run.metrics_path("round_trips")
     if path.exists() or run.finished:
         return read_json(path) if path.exists() else None
-    return score_training_set(run, round_trip_training_set(run), "round_trips", "round trips through the VAE")
+    train, title = round_trip_training_set(run), "round trips through the VAE"
+    return score_training_set(run, train, "round_trips", title, logits_path(run, "round_trips"))
 
 
 # ----------------------------------------------------------------------------------------- cells of the tables
@@ -143,11 +163,20 @@ def classifier_seeds(run: Experiment) -> list[int]:
     return [derive_seed(run.settings.seed, "classifier", i) for i in range(run.settings.classifier_seeds)]
 
 
-def score_training_set(run: Run, train: Split, name: str, title: str, priority: int = 0, **more: Any) -> dict:
+def logits_path(run: Experiment, name: str) -> Path:
+    """The answers of a cell's classifiers to the test images: logits, float32 (seeds, n, C), and labels (n,)."""
+    return run.folder / "logits" / f"{name}.safetensors"
+
+
+def score_training_set(
+    run: Run, train: Split, name: str, title: str, keep_logits: Path | None = None, priority: int = 0, **more: Any
+) -> dict:
     """A cell of a table: several classifiers on one training set, scored on the test set; saved in `metrics/<name>.json`."""
     seeds = classifier_seeds(run)
     run.record_test_reading(f"{title}: {len(seeds)} classifiers")
-    scores = train_and_score_classifiers(run, train, seeds, ("val", "test"), title, priority=priority)
+    scores = train_and_score_classifiers(
+        run, train, seeds, ("val", "test"), title, priority=priority, keep_logits=keep_logits
+    )
     cell = dict(title=title, images=len(train), **more, val=summarize(scores["val"]), test=summarize(scores["test"]))
     return run.save_metrics(name, cell)
 
@@ -191,7 +220,7 @@ def score_scaling(run: Run, config: SamplingConfig) -> list[dict]:
         if run.metrics_path(names[k]).exists():
             return read_json(run.metrics_path(names[k]))
         train, title = (pool.beginning(images, k * size), f"x{k}") if k else (run.data.train, "real")
-        return score_training_set(run, train, names[k], title, priority=k)
+        return score_training_set(run, train, names[k], title, logits_path(run, names[k]), priority=k)
 
     executor = run.executor
     return map_in_order(

@@ -47,6 +47,37 @@ def score_predictions(logits: np.ndarray, labels: np.ndarray) -> Score:
     )
 
 
+def further_scores(logits: np.ndarray, labels: np.ndarray, ordered: bool = False) -> dict[str, float]:
+    """What accuracy can hide, of logits (n, C): macro-F1, area under the ROC curve, and with `ordered` classes quadratic kappa.
+
+    The area is that of MedMNIST's evaluator: of two classes, the second one's; of more, the mean of each against the rest. A
+    class that the labels lack has none.
+    """
+    from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
+
+    logits, predicted = logits.astype(float), logits.argmax(1)
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    classes = range(1, 2) if logits.shape[1] == 2 else range(logits.shape[1])
+    areas = [roc_auc_score(labels == c, shares[:, c]) for c in classes if 0 < (labels == c).sum() < len(labels)]
+    found = dict(
+        macro_f1=float(f1_score(labels, predicted, average="macro", labels=np.unique(labels))),
+        auc=float(np.mean(areas)) if areas else math.nan,
+    )
+    if ordered:
+        kappa = cohen_kappa_score(labels, predicted, weights="quadratic", labels=range(logits.shape[1]))
+        found["quadratic_kappa"] = float(kappa)
+    return found
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of logits (seeds, n, C): the share of each class's images (rows) that is taken for each class (columns), over all seeds."""
+    counts = np.zeros((logits.shape[-1],) * 2)
+    np.add.at(counts, (np.tile(labels, len(logits)), logits.argmax(2).ravel()), 1)
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(1, keepdims=True)
+
+
 def summarize(scores: Sequence[Score]) -> dict:
     """Mean and deviation over classifier seeds, in shares of 1, ready for JSON."""
     accuracy = np.array([s.accuracy for s in scores])

@@ -7,6 +7,9 @@ purpose                         what it seeds
 (seed of a set), i              noise of image i of that set
 "search_1", "search_2"          with the trial's number: one ask of the sampler
 "classifier", "search classifier", "finalist classifier"   weights and batches of classifier i
+"judge"                         weights and batches of the judge, which is trained on real images
+"collapse", class               noise of the images that are looked at for an early alarm
+(a classifier's seed), "augmentation"   the shifts and flips of its images
 """
 
 import torch

@@ -152,9 +152,14 @@ class Settings:
     classifier_stop_patience: int = setting(25, SAMPLING, "validations without improvement until the end", low=1)
     classifier_seeds: int = setting(3, SAMPLING, "classifiers of a cell of the tables: mean and deviation", low=1)
 
-    # Tables and importances.
+    # Tables, importances, verdict.
     scaling_max: int = setting(10, "05", "largest synthetic set, in sizes of the real training set", low=1)
     importance_forests: int = setting(20, "06", "fANOVA forests, one a seed: mean and spread", low=1)
+    augmentation: str = setting(
+        "flips_and_shifts", "08", "of real images in a control: what leaves a label true",
+        choices=("none", "shifts", "flips_and_shifts"),
+    )  # fmt: skip
+    ordered_classes: bool = setting(False, "08", "the classes are grades: adds quadratic kappa")
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -218,7 +223,8 @@ class Settings:
 
     def deviations(self) -> dict[str, tuple[Any, Any]]:
         """Differences from the paper: name -> (value, the paper's value)."""
-        fields = [f for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING and f.metadata["stages"]]
+        fields = [f for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING]
+        fields = [f for f in fields if set(f.metadata["stages"]) - {"08"}]  # which the paper does not have
         papers = {f.name: f.default for f in fields} | PAPERS_OWN
         return {name: (getattr(self, name), value) for name, value in papers.items() if getattr(self, name) != value}
 

@@ -43,7 +43,7 @@ class Content:
         self.fingerprint = lambda: fingerprint
 
 
-def finish_stages(settings, last="07", data=None, base=None):
+def finish_stages(settings, last="08", data=None, base=None):
     """Stages up to `last`, each with one result."""
     for number in STAGES:
         if number <= last and stage_state(settings, number).state != State.DONE:

@@ -1,4 +1,4 @@
-"""All eight notebooks at smoke depth, in order, through papermill; and each of the ways they can go wrong."""
+"""All nine notebooks at smoke depth, in order, through papermill; and each of the ways they can go wrong."""
 
 import contextlib
 import json
@@ -64,8 +64,8 @@ def test_bad_parameters_through_plain_papermill(tmp_path, parameters, said):
 
 def test_the_whole_pipeline_runs_and_prints_its_tables(finished):
     world, done = finished
-    assert [stage_state(settings_of(world), n).state for n in STAGES] == [State.DONE] * 8
-    assert "Table 1" in done.stdout and "Table 2" in done.stdout and "8 notebooks in" in done.stdout
+    assert [stage_state(settings_of(world), n).state for n in STAGES] == [State.DONE] * len(STAGES)
+    assert "Table 1" in done.stdout and "Table 2" in done.stdout and "9 notebooks in" in done.stdout
     assert "Figures:" in done.stdout and "figure_1.png" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -79,7 +79,7 @@ def test_every_step_writes_what_its_notebook_promises(finished):
         assert (run / name).exists(), name
     for table in ("table_1", "table_2"):
         assert all((reports / f"{table}.{kind}").stat().st_size for kind in ("md", "csv", "tex"))
-    assert (reports / "figure_1.png").exists() and len(list(reports.glob("*.ipynb"))) == 8
+    assert (reports / "figure_1.png").exists() and len(list(reports.glob("*.ipynb"))) == 9
     assert not list(run.rglob("*.part"))
 
 
@@ -93,10 +93,10 @@ def test_executed_copies_show_results_and_no_machines_path(finished):
 
 
 def test_the_test_set_was_read_for_the_tables_alone(finished):
-    """Sealed: Table 1's four cells, and real, x1, x2 of Table 2, with the VAE's round trips."""
+    """Sealed: Table 1's four cells; real, x1, x2 of Table 2, with the VAE's round trips; the verdict's two controls."""
     world, _ = finished
     readings = [json.loads(line) for line in (world / "runs/smoke/test_readings.jsonl").read_text().splitlines()]
-    assert len(readings) == 8 and {r["stage"][:2] for r in readings} == {"01", "02", "03", "04", "05"}
+    assert len(readings) == 10 and {r["stage"][:2] for r in readings} == {"01", "02", "03", "04", "05", "08"}
     assert json.loads((world / "runs/smoke/metrics/search_1.json").read_text())["protocol"] == "sealed"
 
 
@@ -117,7 +117,7 @@ def test_running_again_skips_everything(finished):
     before = {p: p.stat().st_mtime_ns for p in (world / "runs").rglob("*") if p.is_file()}
     done = command(BIN / "sdlab", "run", world / "smoke.yaml")
     assert (
-        done.returncode == 0 and done.stdout.count("finished before, skipped") == 8 and "0 notebooks in" in done.stdout
+        done.returncode == 0 and done.stdout.count("finished before, skipped") == 9 and "0 notebooks in" in done.stdout
     )
     assert before == {p: p.stat().st_mtime_ns for p in (world / "runs").rglob("*") if p.is_file()}
 

@@ -36,20 +36,23 @@ STAGES = {
         Stage("05", "scaling", ("04",)),
         Stage("06", "importance", ("02", "04")),
         Stage("07", "paper_tables", ("05", "06")),
+        Stage("08", "verdict", ("05",)),
     )
 }
 # Files that a stage writes, finished or not, besides its record and its executed copy.
 WRITES = {
-    "00": ("data", "metrics/data.json", "metrics/plan.json", "metrics/ceiling.json"),
-    "01": ("latents", "class_encoder", "metrics/after_1.json"),
+    "00": ("data", "judge", "metrics/data.json", "metrics/plan.json", "metrics/ceiling.json"),
+    "01": ("latents", "class_encoder", "metrics/after_1.json", "metrics/alarm_1.json"),
     "02": ("metrics/search_1.json", "metrics/after_2.json", "pictures/*-search_1-*"),
-    "03": ("unet", "metrics/after_3.json"),
+    "03": ("unet", "metrics/after_3.json", "metrics/alarm_3.json"),
     "04": ("metrics/search_2.json", "metrics/after_4.json", "pictures/*-search_2-*"),
-    "05": ("metrics/real.json", "metrics/round_trips.json", "metrics/scaling.json", "metrics/x[0-9]*.json"),
+    "05": ("logits", "metrics/real.json", "metrics/round_trips.json", "metrics/scaling.json", "metrics/x[0-9]*.json"),
     "06": ("metrics/importance.json",),
     "07": ("metrics/tables.json",),
+    "08": ("metrics/verdict.json",),
 }
 SEARCHES = {"02": "search_1", "04": "search_2"}  # of stages; `<search>_trials` is the setting that may be raised
+READS_IMAGES = ("00", "01", "02", "03", "04", "05", "08")  # the others read results only
 INPUTS = {"dataset": "data", "base_model": "base_model"}  # settings that may be paths -> keys of `StageRecord.inputs`
 
 

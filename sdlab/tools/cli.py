@@ -22,9 +22,9 @@ from tqdm import tqdm
 from sdlab.errors import BadInput, did_you_mean
 from sdlab.paths import project_path, relative_to_project
 from sdlab.runs import records
-from sdlab.runs.files import atomic_write, cannot_write, folder_size, write_errno
+from sdlab.runs.files import atomic_write, cannot_write, folder_size, read_json, write_errno
 from sdlab.runs.parameters import from_yaml, parameter_file, read_parameters
-from sdlab.runs.stages import STAGES, State, check_stage, stage_state
+from sdlab.runs.stages import READS_IMAGES, STAGES, State, check_stage, stage_state
 from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
 
@@ -116,12 +116,13 @@ def as_typed(settings: Settings) -> str:
 
 @cli.command()
 @with_settings
-@click.option("--until", default="07", show_default=True, help="Last notebook to run, by number.")
+@click.option("--until", default=max(STAGES), show_default=True, help="Last notebook to run, by number.")
 @click.option(
     "--redo", metavar="NN", help="Run this notebook and those that read it again; their files are moved to aside/."
 )
+@click.option("--strict", is_flag=True, help="Stop if the generator seems to have collapsed (01, 03).")
 @click.option("--from-reference", is_flag=True, help="Make the released sets of reports/reference/ instead.")
-def run(settings: Settings, until: str, redo: str | None, from_reference: bool) -> None:
+def run(settings: Settings, until: str, redo: str | None, strict: bool, from_reference: bool) -> None:
     """Run the notebooks in order; skip finished ones, stop at the first failure."""
     if from_reference:
         from sdlab.tools.released_sets import make_released_set
@@ -134,8 +135,8 @@ def run(settings: Settings, until: str, redo: str | None, from_reference: bool) 
             raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STAGES)}.")
     from sdlab.report.printing import tables_are_current
 
-    # 06 and 07 read results only; finished results open without the data set.
-    reading_images = [number for number in STAGES if number <= min(until, "05")]
+    # Finished results open without the data set.
+    reading_images = [number for number in READS_IMAGES if number <= until]
     if any(number >= (redo or "99") or stage_state(settings, number).state != State.DONE for number in reading_images):
         fetch_inputs(settings)
     started, executed = time.monotonic(), 0
@@ -150,16 +151,27 @@ def run(settings: Settings, until: str, redo: str | None, from_reference: bool) 
             done = check_stage(settings, stage.number).state == State.DONE
             if done and (stage.number != "07" or tables_are_current(settings)):
                 click.echo(f"{stage.stem:<24} finished before, skipped")
-                continue
-            seconds = execute_notebook(settings, stage)
-            executed += 1
-            click.echo(f"{stage.stem:<24} {seconds:7.1f} s")
-            if note := records.environment_change(records.read_record(settings, stage.number)):
-                click.echo(note, err=True)
+            else:
+                seconds = execute_notebook(settings, stage)
+                executed += 1
+                click.echo(f"{stage.stem:<24} {seconds:7.1f} s")
+                if note := records.environment_change(records.read_record(settings, stage.number)):
+                    click.echo(note, err=True)
+            warn_of_collapse(settings, stage.number, strict)
     if until == max(STAGES):
         publish(settings)
         show_tables(settings)
     click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+def warn_of_collapse(settings: Settings, number: str, strict: bool) -> None:
+    """Print the alarm of a stage, if it gave one. Raises `BadInput` if it is `strict`."""
+    path = settings.run_folder / "metrics" / f"alarm_{int(number)}.json"
+    alarm = read_json(path) if path.exists() else dict(collapsed=False)
+    if alarm["collapsed"] and strict:
+        raise BadInput(f"{alarm['sentence']} The run stops here (`--strict`); without it the same command continues.")
+    if alarm["collapsed"]:
+        click.echo(alarm["sentence"], err=True)
 
 
 def fetch_inputs(settings: Settings) -> None:
@@ -186,10 +198,30 @@ def show_tables(settings: Settings) -> None:
 
     folder = relative_to_project(settings.report_folder)
     click.echo(f"\n{terminal_summary(settings)}\n")
+    show_verdict(settings)
     click.echo(
         f"Figures: {', '.join(f'{folder}/{path.name}' for path in sorted(settings.report_folder.glob('*.png')))}"
     )
     click.echo(f"Tables (Markdown, CSV, LaTeX) and executed notebooks: {folder}/")
+
+
+def show_verdict(settings: Settings) -> None:
+    from sdlab.report.verdict import verdict_sentences
+
+    found = read_json(settings.run_folder / "metrics" / "verdict.json")
+    click.echo("Verdict\n" + "\n".join(verdict_sentences(found)) + "\n")
+
+
+@cli.command()
+@with_settings
+def verdict(settings: Settings) -> None:
+    """Is the chosen set as good as the real images, and how sure is that? Runs notebook 08 if it is not finished."""
+    if check_stage(settings, "08").state != State.DONE:
+        fetch_inputs(settings)
+        with exclusive_command(settings, "sdlab verdict"):
+            execute_notebook(settings, STAGES["08"])
+        publish(settings)
+    show_verdict(settings)
 
 
 @cli.command()

@@ -27,7 +27,7 @@ from sdlab.runs.files import existing_parent, write_hashed_json
 from sdlab.search import first_search_space
 from sdlab.settings import Settings
 from sdlab.tools.measuring import Costs
-from sdlab.tools.planning import classifier_work, generated, inference_steps, seconds, simulate_pruning
+from sdlab.tools.planning import classifier_work, controls_of, generated, inference_steps, seconds, simulate_pruning
 
 SHARDS = 8  # are written to measure the driver
 
@@ -57,7 +57,7 @@ class Durations:
 
 
 def hours_on(devices: int, durations: Durations) -> dict[str, float]:
-    """Hours of notebooks 00 to 05 on so many devices."""
+    """Hours of notebooks 00 to 05 and 08 on so many devices."""
     d, s, facts, costs = durations, durations.settings, durations.facts, durations.costs.seconds
     steps, images = inference_steps(s, most=False), s.search_images
 
@@ -89,6 +89,7 @@ def hours_on(devices: int, durations: Durations) -> dict[str, float]:
         "03": cell(steps["optimum_1"]) + costs["unet steps"] * unet_steps,
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
         "05": d.synthetic_set(s.scaling_max * facts.train, steps["optimum_2"], devices) + cells(*sizes) + round_trips,
+        "08": cells(*[(1 + s.scaling_max) / 2 * facts.train] * controls_of(s)),
     }
     return {number: value / 3600 for number, value in in_seconds.items()}
 

@@ -30,6 +30,7 @@ from sdlab.sampling_config import SamplingConfig
 from sdlab.search import first_search_space, new_pruner
 from sdlab.settings import Settings
 from sdlab.tools.measuring import Costs, load_without_weights, measure
+from sdlab.verdict.collapse import judged_images
 
 GB = 1e9
 
@@ -44,7 +45,7 @@ COSTS_AS = {"shown passes": "passes", "shown images": "images", "decoded": "imag
 
 
 def workload(settings: Settings, facts: DatasetFacts, most: bool = False, pruning: bool = True) -> dict[str, Work]:
-    """The work of notebooks 00 to 05: expected, or at `most`, or with nothing pruned.
+    """The work of notebooks 00 to 05 and 08: expected, or at `most`, or with nothing pruned.
 
     Expected: inference steps in the middle of their range, both passes where guidance acts, and pruning as the search's own
     pruner prunes trials of random quality. At most: the highest IS, nothing pruned. The result of a finished search is used.
@@ -76,24 +77,42 @@ def workload(settings: Settings, facts: DatasetFacts, most: bool = False, prunin
     encoder_steps = s.class_encoder_epochs * math.ceil(facts.train / s.class_encoder_batch_size)
     unet_steps = s.unet_epochs * math.ceil(facts.train / s.unet_batch_size)
     return {
-        "00": round_trips + scaled(classifier_work(s, facts, facts.train, "finalist"), 2),
+        "00": round_trips + scaled(classifier_work(s, facts, facts.train, "finalist"), 2 + 1 / s.classifier_seeds),
         "01": cell(s.default_num_inference_steps)
         + Work({"encoded": facts.train, "class_encoder steps": encoder_steps}),
         "02": cell(steps["optimum_1"]) + search("search_1", s.search_1_trials),
         "03": cell(steps["optimum_1"]) + Work({"unet steps": unet_steps}),
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
         "05": scaling,
+        "08": controls_work(settings, facts, most),
     }
 
 
+def controls_work(s: Settings, facts: DatasetFacts, most: bool) -> Work:
+    """The verdict's controls, trained as long as the chosen set, whose size is in the middle of x1 ... x10 or at `most` x10."""
+    size = (s.scaling_max if most else (1 + s.scaling_max) / 2) * facts.train
+    controls = controls_of(s)
+    if not s.classifier_train_steps:
+        return scaled(classifier_work(s, facts, size), controls) + Work(
+            {"encoded": facts.train, "decoded": facts.train}
+        )
+    return scaled(classifier_work(s, facts, size), controls)
+
+
+def controls_of(s: Settings) -> int:
+    """How many sets the verdict trains on that are not cells of Table 2: real + chosen, augmented, and where epochs are counted
+    real images and their round trips, trained as long as the chosen set."""
+    return 1 + (s.augmentation != "none") + (0 if s.classifier_train_steps else 2)
+
+
 def besides(s: Settings, facts: DatasetFacts, base: BaseModel, sizes: Mapping[str, int], most: bool) -> dict[str, Work]:
-    """What notebooks 00 to 05 do besides the method: images of their figures, weights read and written.
+    """What these notebooks do besides the method: images of their figures, weights read and written.
 
     It is minutes with Stable Diffusion 2.0, which is little in an experiment and much in a rehearsal.
     """
     steps, each, default = inference_steps(s, most), min(16, facts.num_classes), s.default_num_inference_steps
     scales, scale_passes = 5, 1 + 1 + 2 + 2 + 2  # UGS 0 and 1 are one pass each
-    first, few = s.first_kept_unet_epoch, min(20, default)
+    first, few, judged = s.first_kept_unet_epoch, min(20, default), judged_images(facts.num_classes)
     encoder_epochs = len({1, max(1, s.class_encoder_epochs // 4), s.class_encoder_epochs})
     unet_epochs = len({first, max(first, s.unet_epochs // 4), s.unet_epochs})
     by_hand = s.search_first_images  # 02's trial in the open, 5 steps
@@ -104,15 +123,17 @@ def besides(s: Settings, facts: DatasetFacts, base: BaseModel, sizes: Mapping[st
 
     return {
         "00": work(24 * few, 24 + min(12, facts.train), model),
-        "01": work((scale_passes + 2 * encoder_epochs) * each * few, (scales + encoder_epochs) * each + 5 * min(10, facts.train),
+        "01": work(((scale_passes + 2 * encoder_epochs) * each + 2 * judged) * few,
+                   (scales + encoder_epochs) * each + judged + 5 * min(10, facts.train),
                    model, s.class_encoder_epochs * (12 * sizes["encoder"] + 4 * sizes["table"])),
         "02": work(2 * by_hand * 5 + scale_passes * each * steps["optimum_1"], by_hand + scales * each, model),
-        "03": work(2 * (1 + unet_epochs) * each * steps["optimum_1"], (1 + unet_epochs) * each,
+        "03": work(2 * ((1 + unet_epochs) * each + judged) * steps["optimum_1"], (1 + unet_epochs) * each + judged,
                    model + 4 * sizes["unet"] + (unet_epochs + 1) * unet,
                    s.unet_epochs * 12 * sizes["unet"] + (s.unet_epochs - first + 1) * unet),
         "04": work((scale_passes + 2) * each * steps["optimum_2"] + 3 * each * default, (scales + 3) * each,
                    model + (scales + 2 + s.search_2_trials + s.search_finalists) * unet),
         "05": work(0, 0, model + unet),
+        "08": work(0, 0, model),
     }  # fmt: skip
 
 

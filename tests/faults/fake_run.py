@@ -28,6 +28,7 @@ OUTPUTS = {
     "05": ("metrics/real.json", "metrics/x01.json", "metrics/scaling.json"),
     "06": ("metrics/importance.json",),
     "07": ("metrics/tables.json",),
+    "08": ("metrics/verdict.json",),
 }
 
 
