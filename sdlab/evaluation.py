@@ -41,7 +41,7 @@ def train_and_score_classifiers(
 ) -> dict[str, list[Score]]:
     """Train one classifier per seed on `train` and score each on real images: split -> a `Score` per seed.
 
-    `recipe` is the settings' unless another one is given. `keep_logits` is a file for the answers to test images (`read_logits`).
+    `recipe` is the settings' unless another one is given. `keep_logits` is a file for the answers to test images (`logits_path`).
     On a CPU as many train at a time as torch has threads, which they share. The scores of each are cached in the run's
     work folder under a hash of everything they depend on, so an interrupted run finds them.
     Raises `BadInput` if the memory does not hold a classifier's training.

@@ -47,11 +47,11 @@ def score_predictions(logits: np.ndarray, labels: np.ndarray) -> Score:
     )
 
 
-def further_scores(logits: np.ndarray, labels: np.ndarray, ordered: bool = False) -> dict[str, float]:
+def further_scores(logits: np.ndarray, labels: np.ndarray, ordered: bool = False) -> dict[str, float | None]:
     """What accuracy can hide, of logits (n, C): macro-F1, area under the ROC curve, and with `ordered` classes quadratic kappa.
 
     The area is that of MedMNIST's evaluator: of two classes, the second one's; of more, the mean of each against the rest. A
-    class that the labels lack has none.
+    class that the labels lack has none; without any, or for logits that are not finite, it is None.
     """
     from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
 
@@ -59,14 +59,15 @@ def further_scores(logits: np.ndarray, labels: np.ndarray, ordered: bool = False
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
     classes = range(1, 2) if logits.shape[1] == 2 else range(logits.shape[1])
+    classes = classes if np.isfinite(logits).all() else ()
     areas = [roc_auc_score(labels == c, shares[:, c]) for c in classes if 0 < (labels == c).sum() < len(labels)]
     found = dict(
         macro_f1=float(f1_score(labels, predicted, average="macro", labels=np.unique(labels))),
-        auc=float(np.mean(areas)) if areas else math.nan,
+        auc=float(np.mean(areas)) if areas else None,
     )
     if ordered:
         kappa = cohen_kappa_score(labels, predicted, weights="quadratic", labels=range(logits.shape[1]))
-        found["quadratic_kappa"] = float(kappa)
+        found["quadratic_kappa"] = float(kappa) if math.isfinite(kappa) else None
     return found
 
 

@@ -8,7 +8,7 @@ purpose                         what it seeds
 "search_1", "search_2"          with the trial's number: one ask of the sampler
 "classifier", "search classifier", "finalist classifier"   weights and batches of classifier i
 "judge"                         weights and batches of the judge, which is trained on real images
-"collapse", class               noise of the images that are looked at for an early alarm
+"collapse"                      noise of the images that are looked at for an early alarm
 (a classifier's seed), "augmentation"   the shifts and flips of its images
 """
 

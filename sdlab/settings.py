@@ -156,7 +156,7 @@ class Settings:
     scaling_max: int = setting(10, "05", "largest synthetic set, in sizes of the real training set", low=1)
     importance_forests: int = setting(20, "06", "fANOVA forests, one a seed: mean and spread", low=1)
     augmentation: str = setting(
-        "flips_and_shifts", "08", "of real images in a control: what leaves a label true",
+        "shifts", "08", "of real images in a control: what leaves every label true",
         choices=("none", "shifts", "flips_and_shifts"),
     )  # fmt: skip
     ordered_classes: bool = setting(False, "08", "the classes are grades: adds quadratic kappa")

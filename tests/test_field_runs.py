@@ -247,28 +247,28 @@ def test_a_data_set_that_was_moved_is_the_same(own, tmp_path):
     settings, folder = own
     moved = dataclasses.replace(settings, dataset=str(shutil.copytree(folder, tmp_path / "copied")))
     shutil.rmtree(folder)
-    assert states(moved) == [State.DONE] * 8 and verify(moved)[0] == []
+    assert states(moved) == [State.DONE] * len(STAGES) and verify(moved)[0] == []
     assert Run(moved, "01_class_encoder", load_dataset(moved)).finished
     (next((tmp_path / "copied").rglob("*.png"))).unlink()
     other = dataclasses.replace(moved, num_threads=2)  # asked again, as by another process
-    assert states(other) == [State.STALE] * 8 and "dataset" in stage_state(other, "00").why
+    assert states(other) == [State.STALE] * len(STAGES) and "dataset" in stage_state(other, "00").why
 
 
 def test_finished_results_open_without_their_data(own, tmp_path, monkeypatch):
     """Of a disk that is not mounted; by its old path and by another one."""
     settings, folder = own
     folder.rename(tmp_path / "unmounted")
-    monkeypatch.setattr("sdlab.report.printing.tables_are_current", lambda _: True)
+    monkeypatch.setattr(cli_module, "is_published", lambda *_: True)
     monkeypatch.setattr(cli_module, "publish", lambda _: None)
     monkeypatch.setattr(cli_module, "show_tables", lambda _: None)
     for path in (folder, "/mnt/nothing/here"):
         gone = dataclasses.replace(settings, dataset=str(path))
         (tmp_path / "given.yaml").write_text(yaml.safe_dump(gone.as_dict()))
-        assert invoke("status", tmp_path / "given.yaml").output.count(" done ") == 8
+        assert invoke("status", tmp_path / "given.yaml").output.count(" done ") == len(STAGES)
         assert invoke("verify", tmp_path / "given.yaml").exit_code == 0
         done = invoke("run", tmp_path / "given.yaml")
-        assert done.exit_code == 0 and done.output.count("finished before, skipped") == 8
-        assert all(Run(gone, STAGES[number].stem).finished for number in ("06", "07"))
+        assert done.exit_code == 0 and done.output.count("finished before, skipped") == len(STAGES)
+        assert all(Run(gone, STAGES[number].stem).finished for number in ("06", "07", "08"))
         refused = invoke("run", tmp_path / "given.yaml", "--redo", "05")
         assert refused.exit_code == 1 and "neither a known name nor a path that exists" in refused.output
     assert not (settings.run_folder / "aside").exists()

@@ -1,5 +1,6 @@
 """What an experiment will cost and what its finished notebooks took, as a table and as sentences."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -27,8 +28,10 @@ def load_ceiling(settings: Settings) -> dict | None:
 
 
 def planned_settings(settings: Settings) -> dict:
-    """The settings that a plan depends on: all but the places of files."""
-    return {k: v for k, v in settings.as_dict().items() if not k.endswith("_root") and k != "storage"}
+    """The settings that a plan depends on: all but the places of files, and those of the verdict alone."""
+    of_verdict = {f.name for f in dataclasses.fields(settings) if f.metadata["stages"] == ("08",)}
+    values = settings.as_dict().items()
+    return {k: v for k, v in values if not k.endswith("_root") and k != "storage" and k not in of_verdict}
 
 
 def measured_costs(settings: Settings) -> dict[str, dict]:

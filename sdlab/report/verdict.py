@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sdlab.report.printing import escape_markdown
 from sdlab.settings import Settings
 from sdlab.verdict.intervals import Difference
 
@@ -30,7 +31,11 @@ def difference_sentence(verdict: Mapping, second: str, first: str) -> str:
     """Such as: x4 is 1.2 points below real (95 % CI -2.0 to -0.4)."""
     (found,) = (d for s, f, d in differences(verdict) if (s, f) == (second, first))
     arms, points = verdict["arms"], 100 * found.mean
-    where = "level with" if abs(points) < 0.05 else f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+    where = (
+        "level with"
+        if abs(points) < 0.05 and found.low <= 0 <= found.high
+        else f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+    )
     told = "; the difference may be chance" if found.low <= 0 <= found.high else ""
     interval = f"{100 * found.level:.0f} % CI {signed(found.low)} to {signed(found.high)}"
     return f"{arms[second]['title']} is {where} {arms[first]['title']} ({interval}{told})."
@@ -38,8 +43,8 @@ def difference_sentence(verdict: Mapping, second: str, first: str) -> str:
 
 def signed(share: float) -> str:
     """A share as points: +1.0, -0.4, 0.0."""
-    points = round(100 * share, 1)
-    return f"{points:+.1f}" if points else "0.0"
+    points = 100 * share
+    return f"{points:+.1f}" if abs(points) >= 0.05 else f"{points:+.2f}" if points else "0.0"
 
 
 def verdict_sentences(verdict: Mapping) -> list[str]:
@@ -50,11 +55,13 @@ def verdict_sentences(verdict: Mapping) -> list[str]:
     classifiers = "one classifier" if one.seeds == 1 else f"{one.seeds} classifiers"
     few = " Two classifiers are too few: such intervals held the truth in 88 % of trials at worst." * (one.seeds == 2)
     about = (
-        f"Accuracy on {one.images:,} real test images; {classifiers} a training set, in pairs of seeds; intervals {one.population}."
-        f"{few} Another set from the same generator was not drawn. Always answering the most frequent class scores "
+        f"Accuracy on {one.images:,} real test images; {classifiers} a training set, in pairs of seeds; intervals {one.population}, "
+        f"each for itself.{few} Another set from the same generator was not drawn. Always answering the most frequent class scores "
         f"{100 * verdict['majority']:.1f} %."
     )
-    return [*(difference_sentence(verdict, *pair) for pair in pairs), about]
+    flattered = ["Protocol `paper`: the set was chosen by these test images, so its score is too good."]
+    flattered *= verdict["protocol"] == "paper"
+    return [*(difference_sentence(verdict, *pair) for pair in pairs), about, *flattered]
 
 
 def verdict_table(verdict: Mapping) -> pd.DataFrame:
@@ -62,7 +69,7 @@ def verdict_table(verdict: Mapping) -> pd.DataFrame:
     to_real = {second: found for second, first, found in differences(verdict) if first == "real"}
     rows = []
     for name, arm in verdict["arms"].items():
-        row = {"training set": arm["title"], "images": arm["images"], "training steps": arm["training_steps"]}
+        row = {"training set": arm["title"], "images": arm["images"], "most training steps": arm["training_steps"]}
         row |= {title: 100 * arm[key] for key, title in COLUMNS.items() if arm.get(key) is not None}
         row["worst recall"] = 100 * min(recall for recall in arm["recall"] if recall is not None)
         if "quadratic kappa" in row:
@@ -71,18 +78,24 @@ def verdict_table(verdict: Mapping) -> pd.DataFrame:
             ends = to_real[name]
             row |= {"to real": 100 * ends.mean, "from": 100 * ends.low, "to": 100 * ends.high}
         rows.append(row)
-    return pd.DataFrame(rows).set_index("training set").round(2)
+    return pd.DataFrame(rows).set_index("training set")
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
     """`verdict_table` for readers: whole numbers of images, one decimal, nothing where there is nothing."""
-    whole = {name: table[name].map("{:,}".format) for name in ("images", "training steps")}
+    whole = {name: table[name].map("{:,}".format) for name in ("images", "most training steps")}
     rest = {
         name: table[name].map("{:.2f}".format if name == "quadratic kappa" else "{:.1f}".format)
         for name in table
         if name not in whole
     }
     return pd.DataFrame(whole | rest).mask(table.isna(), "")
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """`verdict_table` as Markdown."""
+    text = as_text(table).rename(index=escape_markdown)
+    return text.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(text.columns)])
 
 
 def plot_differences(verdict: Mapping) -> Figure:
@@ -105,13 +118,14 @@ def plot_confusion(verdict: Mapping, classes: Sequence[str]) -> Figure:
     """What real and chosen set's classifiers take the images of each class for, in percent."""
     import seaborn as sns
 
-    side = max(2.6, 0.4 * len(classes) + 1)
+    side = min(max(2.6, 0.4 * len(classes) + 1), 8)
     figure, axes = plt.subplots(1, 2, figsize=(2 * side + 1, side), layout="constrained", sharey=True)
     for ax, name in zip(axes, ("real", "synthetic"), strict=True):
         shares = 100 * np.array(verdict["arms"][name]["confusion"], dtype=float)
         few = len(classes) <= 12
+        names = classes if len(classes) <= 30 else "auto"
         sns.heatmap(shares, ax=ax, vmin=0, vmax=100, cmap="Blues", cbar=False, square=True, annot=few, fmt=".0f",
-                    annot_kws=dict(size=7), xticklabels=classes, yticklabels=classes)  # fmt: skip
+                    annot_kws=dict(size=7), xticklabels=names, yticklabels=names)  # fmt: skip
         ax.set(title=f"trained on {verdict['arms'][name]['title']}", xlabel="taken for", ylabel="")
         ax.tick_params(axis="y", rotation=0)
     axes[0].set_ylabel("class (%)")

@@ -114,6 +114,17 @@ def record_digest(record: StageRecord) -> str:
     return sha256_of_json([record.settings, record.upstream, record.inputs, outputs])
 
 
+def is_recorded(settings: Settings, number: str, path: Path) -> bool:
+    """Whether a finished stage has left this file next to its results. Raises `BadInput` if it was altered since."""
+    record = read_record(settings, number)
+    entry = record and record.side_outputs.get(path.relative_to(settings.run_folder).as_posix())
+    if not entry or not path.exists():
+        return False
+    if sha256_of_file(path) != entry.sha256:
+        raise BadInput(f"{path} is damaged (its hash does not match its content): {MOVE_AWAY}.")
+    return True
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -38,9 +38,9 @@ from sdlab.runs.files import (
 from sdlab.runs.locks import Lock
 from sdlab.runs.progress import Progress
 from sdlab.runs.records import FileHash, StageRecord
-from sdlab.runs.stages import STAGES, Reason, State, check_stage
+from sdlab.runs.stages import READS_IMAGES, STAGES, Reason, State, check_stage
 from sdlab.runs.storage import check_storage
-from sdlab.settings import SAMPLING, Settings
+from sdlab.settings import Settings
 
 # Of a training: measured times, and a state that is needed only until the training ends.
 NOT_OUTPUTS = ("history.json", "resume.safetensors")
@@ -49,7 +49,9 @@ SHARED = ("settings.yaml", "test_readings.jsonl")  # by all stages
 FORMER_TINY = {
     "3c850513136f0e3c518029b68172dc07eab7ab5d513c8e918c1291855e37e885": "90bc8214e951e5a0f66cfc1c30e0d8c7a0f81a66"
 }
-SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "metrics/ceiling.json", "pictures/*", "artifacts/*")
+# Hashed, but no part of a stage's result: stages that need one and have none make their own.
+SIDE_OUTPUTS = (*SHARED, "*/history.json", "metrics/plan.json", "metrics/ceiling.json", "metrics/alarm_*.json", "judge/*",
+                "logits/*", "pictures/*", "artifacts/*")  # fmt: skip
 
 
 class Run(Experiment):
@@ -154,7 +156,7 @@ class Run(Experiment):
 
     def workers(self) -> dict[str, str | int]:
         """Device and threads of a cluster's workers; nothing if tasks run here. Raises `BadInput` if it does not answer."""
-        if self.settings.cluster == "none" or self.base is None or self.stage.number not in ("00", *SAMPLING.split()):
+        if self.settings.cluster == "none" or self.base is None or self.stage.number not in READS_IMAGES:
             return {}
         return dict(worker_device=self.executor.environment["device"], worker_threads=self.executor.threads)
 

@@ -187,8 +187,8 @@ def remedy(settings: Settings, stage: Stage, state: StageState) -> str:
         return f"move the folder {part} away and run {stage.stem} again, which repeats the same training"
     if state.state == State.DAMAGED:
         return f"move that file away if it is still there, and run {stage.stem} again, which makes it again"
-    if state.reason == Reason.UPSTREAM_REMADE:
-        redo = f"`sdlab run {settings.experiment} --redo {stage.number}`"
+    redo = f"`sdlab run {settings.experiment} --redo {stage.number}`"
+    if state.reason == Reason.UPSTREAM_REMADE or (state.reason == Reason.SETTINGS and stage.number == "08"):
         return f"{redo} makes it and the stages after it again, and moves the old files to aside/"
     new_name = "a name of its own (copy its parameter file and change `experiment`)"
     return f"undo the change, or give the changed experiment {new_name}, or move the old folder away"

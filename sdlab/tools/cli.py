@@ -24,7 +24,7 @@ from sdlab.paths import project_path, relative_to_project
 from sdlab.runs import records
 from sdlab.runs.files import atomic_write, cannot_write, folder_size, read_json, write_errno
 from sdlab.runs.parameters import from_yaml, parameter_file, read_parameters
-from sdlab.runs.stages import READS_IMAGES, STAGES, State, check_stage, stage_state
+from sdlab.runs.stages import READS_IMAGES, STAGES, State, check_stage, downstream_stages, stage_state
 from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
 
@@ -133,23 +133,25 @@ def run(settings: Settings, until: str, redo: str | None, strict: bool, from_ref
     for name, number in (("until", until), ("redo", redo)):
         if number not in (None, *STAGES):
             raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STAGES)}.")
-    from sdlab.report.printing import tables_are_current
-
     # Finished results open without the data set.
     reading_images = [number for number in READS_IMAGES if number <= until]
-    if any(number >= (redo or "99") or stage_state(settings, number).state != State.DONE for number in reading_images):
+    again = downstream_stages(redo) if redo else ()
+    if any(number in again or stage_state(settings, number).state != State.DONE for number in reading_images):
         fetch_inputs(settings)
     started, executed = time.monotonic(), 0
     with exclusive_command(settings, "sdlab run"):
         if redo:
             from sdlab.tools.repair import move_stages_aside
 
+            for number in sorted(STAGES.keys() - {*again}) if strict else ():
+                warn_of_collapse(settings, number, strict)  # before anything is moved
+
             move_stages_aside(settings, redo)
         for stage in STAGES.values():
             if stage.number > until:
                 break
             done = check_stage(settings, stage.number).state == State.DONE
-            if done and (stage.number != "07" or tables_are_current(settings)):
+            if done and is_published(settings, stage.number):
                 click.echo(f"{stage.stem:<24} finished before, skipped")
             else:
                 seconds = execute_notebook(settings, stage)
@@ -158,10 +160,22 @@ def run(settings: Settings, until: str, redo: str | None, strict: bool, from_ref
                 if note := records.environment_change(records.read_record(settings, stage.number)):
                     click.echo(note, err=True)
             warn_of_collapse(settings, stage.number, strict)
-    if until == max(STAGES):
+    if until >= "07":
         publish(settings)
         show_tables(settings)
     click.echo(f"\n{executed} notebooks in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+def is_published(settings: Settings, number: str) -> bool:
+    """Whether the report folder has what a finished stage writes there."""
+    if number == "08":
+        names = ("verdict.md", "verdict.csv", "figure_verdict.png")
+        return all((settings.report_folder / name).exists() for name in names)
+    if number == "07":
+        from sdlab.report.printing import tables_are_current  # pandas is slow to import
+
+        return tables_are_current(settings)
+    return True
 
 
 def warn_of_collapse(settings: Settings, number: str, strict: bool) -> None:
@@ -198,7 +212,8 @@ def show_tables(settings: Settings) -> None:
 
     folder = relative_to_project(settings.report_folder)
     click.echo(f"\n{terminal_summary(settings)}\n")
-    show_verdict(settings)
+    if (settings.run_folder / "metrics" / "verdict.json").exists():
+        show_verdict(settings)
     click.echo(
         f"Figures: {', '.join(f'{folder}/{path.name}' for path in sorted(settings.report_folder.glob('*.png')))}"
     )
@@ -222,6 +237,33 @@ def verdict(settings: Settings) -> None:
             execute_notebook(settings, STAGES["08"])
         publish(settings)
     show_verdict(settings)
+
+
+@cli.command()
+@click.argument("images")
+@click.option(
+    "--against",
+    metavar="REAL",
+    required=True,
+    help="An experiment (a parameter file), or a data set as `dataset` takes it.",
+)
+@click.option("--to", "target", type=click.Path(path_type=Path), help="A new folder.  [default: reports/score-IMAGES]")
+@click.option("--inception", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+              help="InceptionV3's weights: its features instead of the judge's.")  # fmt: skip
+@click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top.")
+def score(images: str, against: str, target: Path | None, inception: str | None, given: tuple) -> None:
+    """A scorecard of any labelled images: IMAGES is a folder of classes, an npz, or an experiment, whose chosen set it is.
+
+    Of what use they are to a classifier, how alike real ones, whether labels are right, and whether they are copies: one page
+    and scorecard.json.
+    """
+    from sdlab.tools.scoring import score_images
+
+    folder, sentences = score_images(
+        images, against, target, inception, {name: parse(name, value) for name, value in given}
+    )
+    click.echo("\n".join(sentences))
+    click.echo(f"{relative_to_project(folder)}/: scorecard.html, scorecard.json")
 
 
 @cli.command()

@@ -83,13 +83,14 @@ def hours_on(devices: int, durations: Durations) -> dict[str, float]:
     sizes = [facts.train, facts.train, *(k * facts.train for k in range(1, s.scaling_max + 1))]
     of_real = [d.classifier("finalist", facts.train)] * s.classifier_seeds
     in_seconds = {
-        "00": round_trips + 2 * makespan(of_real, devices),
+        "00": round_trips + 2 * makespan(of_real, devices) + of_real[0],  # real, round trips, the judge
         "01": encoding + costs["class_encoder steps"] * encoder_steps + cell(s.default_num_inference_steps),
         "02": cell(steps["optimum_1"]) + search("search_1", s.search_1_trials),
         "03": cell(steps["optimum_1"]) + costs["unet steps"] * unet_steps,
         "04": cell(steps["optimum_2"]) + search("search_2", s.search_2_trials),
         "05": d.synthetic_set(s.scaling_max * facts.train, steps["optimum_2"], devices) + cells(*sizes) + round_trips,
-        "08": cells(*[(1 + s.scaling_max) / 2 * facts.train] * controls_of(s)),
+        "08": cells(*[(1 + s.scaling_max) / 2 * facts.train] * controls_of(s))
+        + round_trips * (s.classifier_train_steps == 0),
     }
     return {number: value / 3600 for number, value in in_seconds.items()}
 

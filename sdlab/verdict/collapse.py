@@ -1,11 +1,14 @@
-"""A few dozen images, and the Class-Encoder's table -> has the generator collapsed? Asked before hours are spent.
+"""Some images, and the Class-Encoder's table -> may the generator have collapsed? Asked before hours are spent.
 
 * *Rank.* The effective rank r of the class residuals (docs/method.md, item 8) says in how many directions the classes differ.
   Its ceiling is C - 1, so ln r / ln(C - 1) is compared: the authors' encoders have 0.59 to 0.76 where their method works,
-  0.13 and 0.18 where it collapsed. Two classes differ in one direction only: nothing is compared.
+  0.13 and 0.18 where it collapsed. Fewer than five classes leave too little to compare.
 * *Label fidelity.* How many images does the judge, which was trained on real ones, take for the class that was asked for? A
-  generator that ignores the class is right in 1 of C. A binomial test says whether these images do better.
+  generator that ignores the class is right in 1 of C, a perfect one as often as with real images. The alarm needs both: no
+  clearly better score than the first, and a clearly worse one than the second.
 * *Diversity.* The mean distance of two images of a class in the judge's features, over the same for real ones.
+
+The last two need a judge that tells the real classes apart.
 """
 
 import math
@@ -16,21 +19,23 @@ import numpy as np
 from scipy import stats
 
 from sdlab.data.images import ImageDataset, Split
-from sdlab.data.pixels import resize
+from sdlab.devices import raise_on_oom
+from sdlab.generation import generate_images, plan_generation
 from sdlab.metrics import score_predictions
 from sdlab.runs.files import read_json
 from sdlab.runs.run import Run
-from sdlab.sampling_config import SamplingConfig, load_table, sample_images
+from sdlab.sampling_config import SamplingConfig, load_pipeline, load_table
 from sdlab.seeds import derive_seed
 from sdlab.verdict.judge import Judge, load_judge
 
 if TYPE_CHECKING:  # imports diffusers, which is slow
     from sdlab.class_encoder import ClassTable
 
-IMAGES, EACH = 48, 2  # at least so many, and so many of each class
+IMAGES, EACH, MOST = 96, 2, 200  # at least so many, and so many of each class; never more than the last
 RANK, SIGNIFICANCE, DIVERSITY = 0.4, 0.01, 0.2  # where an alarm begins
 SIGHT = 0.1  # a judge has to get a tenth of the way from chance to 100 % on real images
-STEPS, GUIDANCE = 20, 3.0  # at most so many inference steps
+FEWEST_CLASSES = 5  # whose directions are counted
+BATCH = 64  # images at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Alarm:
     effective_rank: float | None
     rank_share: float | None  # ln r / ln(C - 1)
     label_fidelity: float
-    p_value: float  # of as many right labels from a generator that ignores the class
+    p_chance: float  # of so many right labels or more from a generator that ignores the class
+    p_real: float  # of so few or fewer from one whose images are as good as real ones
     real_fidelity: float  # of real validation images: the judge's balanced accuracy
     diversity: float | None  # 1: as far from one another as real images
 
@@ -54,12 +60,12 @@ class Alarm:
                 f"the classes differ in {self.effective_rank:.2f} directions of at most {self.classes - 1} (alarm below "
                 f"{(self.classes - 1) ** RANK:.2f})"
             )
-        if self.p_value > SIGNIFICANCE and self.judge_sees:
+        if self.judge_sees and self.p_chance > SIGNIFICANCE and self.p_real < SIGNIFICANCE:
             found.append(
-                f"a judge takes {self.label_fidelity:.0%} of {self.images} images for the class that was asked for, which is no more "
-                f"than chance ({1 / self.classes:.0%})"
+                f"a judge takes {self.label_fidelity:.0%} of {self.images} images for the class that was asked for, which is not "
+                f"clearly more than chance ({1 / self.classes:.0%}), and {self.real_fidelity:.0%} of real ones"
             )
-        if self.diversity is not None and self.diversity < DIVERSITY:
+        if self.judge_sees and self.diversity is not None and self.diversity < DIVERSITY:
             found.append(
                 f"images of a class differ {self.diversity:.2f} times as much as real ones (alarm below {DIVERSITY})"
             )
@@ -73,11 +79,11 @@ class Alarm:
 
     @property
     def sentence(self) -> str:
-        """For notebooks and the command line; it begins with WARNING if the generator seems to have collapsed."""
+        """For notebooks and the command line; it begins with WARNING if the generator may have collapsed."""
         blind = f" The judge takes only {self.real_fidelity:.0%} of real images for their class: too few to tell."
         blind *= not self.judge_sees
         if self.reasons:
-            return f"WARNING The generator seems to have collapsed: {'; '.join(self.reasons)}.{blind}"
+            return f"WARNING The generator may have collapsed: {'; '.join(self.reasons)}.{blind}"
         seen = [
             f"{self.label_fidelity:.0%} of {self.images} images are taken for their class (chance {1 / self.classes:.0%}, real images "
             f"{self.real_fidelity:.0%})"
@@ -89,44 +95,62 @@ class Alarm:
         return f"No sign of a collapse: {', '.join(seen)}.{blind}"
 
 
-def look_for_collapse(run: Run, name: str, config: SamplingConfig) -> Alarm:
-    """Images of every class from a config's checkpoints, judged; saved in `metrics/<name>.json`."""
+def look_for_collapse(run: Run, name: str, config: SamplingConfig) -> Alarm | None:
+    """Images of every class from a config's checkpoints, judged; saved in `metrics/<name>.json`.
+
+    A finished stage shows what it has seen: None if that was nothing. Raises `BadInput` if the memory is too small.
+    """
     path = run.metrics_path(name)
     if path.exists():
         return Alarm(**read_json(path)["seen"])
-    count = run.data.num_classes
-    labels = np.arange(judged_images(count)) % count
-    seeds = [derive_seed(run.settings.seed, "collapse", i) for i in range(len(labels))]
-    images = resize(sample_images(run, config, labels.tolist(), seeds), run.data.image_size)
-    alarm = judge_images(load_judge(run), Split(images, labels), run.data, load_table(run, config.class_encoder_epoch))
+    if run.finished:
+        return None
+    made, table = sample_some(run, config), load_table(run, config.class_encoder_epoch)
+    alarm = judge_images(load_judge(run), made, run.data, table)
     run.save_metrics(name, dict(seen=asdict(alarm), collapsed=bool(alarm.reasons), sentence=alarm.sentence))
     return alarm
 
 
+def sample_some(run: Run, config: SamplingConfig) -> Split:
+    """Images as a set would have them, in batches that are no larger than its shards."""
+    classes = run.data.num_classes
+    count = judged_images(classes)
+    labels = np.arange(count) % classes if count >= classes else np.linspace(0, classes - 1, count).astype(int)
+    plan = plan_generation(run, config, derive_seed(run.settings.seed, "collapse"), labels.tolist())
+    pipeline, size = load_pipeline(run, config), min(BATCH, run.settings.shard_size)
+    with raise_on_oom(
+        f"{size} images of {plan.base_size} px", "take a smaller `shard_size` in an experiment of its own"
+    ):
+        parts = [generate_images(pipeline, plan, range(i, min(i + size, count))) for i in range(0, count, size)]
+    return Split(np.concatenate(parts), labels.astype(np.int64))
+
+
 def judged_images(classes: int) -> int:
-    """How many images are looked at: as many of each class."""
-    return classes * max(EACH, math.ceil(IMAGES / classes))
+    """How many images `look_for_collapse` makes."""
+    return min(classes * max(EACH, math.ceil(IMAGES / classes)), MOST)
 
 
 def judge_images(judge: Judge, made: Split, data: ImageDataset, table: "ClassTable | None" = None) -> Alarm:
     """Alarm signs of labelled images; those of the encoder only with its table."""
+    classes, real = data.num_classes, score_predictions(judge.logits(data.val.images), data.val.labels)
     right = int((judge.logits(made.images).argmax(1) == made.labels).sum())
-    rank, share = rank_of(table, data.num_classes) if table is not None else (None, None)
+    rank, share = rank_of(table, classes) if table is not None else (None, None)
     return Alarm(
         images=len(made),
-        classes=data.num_classes,
+        classes=classes,
         effective_rank=rank,
         rank_share=share,
         label_fidelity=right / len(made),
-        p_value=float(stats.binomtest(right, len(made), 1 / data.num_classes, alternative="greater").pvalue),
-        real_fidelity=score_predictions(judge.logits(data.val.images), data.val.labels).balanced,
+        p_chance=float(stats.binomtest(right, len(made), 1 / classes, alternative="greater").pvalue),
+        p_real=float(stats.binomtest(right, len(made), real.balanced, alternative="less").pvalue),
+        real_fidelity=real.balanced,
         diversity=diversity(judge, made, data.train),
     )
 
 
 def rank_of(table: "ClassTable", classes: int) -> tuple[float | None, float | None]:
-    """The effective rank of the class residuals, and ln r / ln(C - 1); None for two classes."""
-    if classes == 2:
+    """The effective rank of the class residuals, and ln r / ln(C - 1); None for fewer than five classes."""
+    if classes < FEWEST_CLASSES:
         return None, None
     rank = table.effective_rank()
     return rank, math.log(max(rank, 1.0)) / math.log(classes - 1)

@@ -1,8 +1,9 @@
 """The chosen synthetic set and its controls -> classifiers in pairs of seeds, on real test images: `metrics/verdict.json`.
 
-A control is what one could have done without a generator. Each has the recipe of the cells of Table 2, their seeds, and as
-many training steps as the chosen set's classifiers: where epochs are counted, x10 trains ten times as long as the real
-images, and a win over them means nothing next to real images that were trained as long.
+A control is what one could have done without a generator. Each has the recipe of the cells of Table 2, their seeds, and at
+most as many training steps as the chosen set's classifiers (early stopping may end one sooner). Where epochs are counted,
+x10 trains up to ten times as long as the real images, and a win over them means nothing next to real images that were
+trained as long.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from sdlab.evaluation import (
 from sdlab.latents import round_trip_training_set
 from sdlab.metrics import confusion, further_scores, score_predictions, summarize
 from sdlab.runs.files import read_json
+from sdlab.runs.records import is_recorded
 from sdlab.runs.run import Run
+from sdlab.threads import map_in_order
 from sdlab.verdict.intervals import paired_difference
 
 
@@ -45,8 +48,10 @@ def score_controls(run: Run) -> dict:
     path = run.metrics_path("verdict")
     if run.finished:
         return read_json(path)
-    arms = make_arms(run)
-    logits = {name: arm_logits(run, name, arm) for name, arm in arms.items()}
+    arms, executor = make_arms(run), run.executor
+    callers = executor.callers(run.settings.classifier_seeds)
+    answers = map_in_order(lambda name: arm_logits(run, name, arms[name]), [*arms], callers, executor.cancel)
+    logits = dict(zip(arms, answers, strict=True))
     labels, ordered = run.data.test.labels, run.settings.ordered_classes
     scores = {name: describe(arms[name], of_arm, labels, ordered) for name, of_arm in logits.items()}
     right = {name: of_arm.argmax(2) == labels for name, of_arm in logits.items()}
@@ -63,6 +68,7 @@ def score_controls(run: Run) -> dict:
         arms=scores,
         differences=differences,
         majority=run.data.majority_share(),
+        protocol=run.settings.protocol,
     )
     return run.save_metrics("verdict", found)
 
@@ -74,25 +80,28 @@ def make_arms(run: Run) -> dict[str, Arm]:
     count = int(chosen[1:]) * size
     recipe = ClassifierRecipe.from_settings(settings)
     equal = dataclasses.replace(recipe, train_steps=training_steps(recipe, count))
-    counts_steps = equal == recipe
+    equally_long = training_steps(recipe, size) == training_steps(recipe, count)
+    if equally_long:
+        equal = recipe
 
     def synthetic() -> Split:
         optimum = load_optimum(run, "search_2")
-        return generate_pool(run, optimum, settings.scaling_max * size).split(count)
+        return generate_pool(run, optimum, count).split(count)
 
     def both() -> Split:
         made = synthetic()
-        images, labels = (data.train.images, made.images), (data.train.labels, made.labels)
-        return Split(np.concatenate(images), np.concatenate(labels))
+        joined = np.empty((size + count, *made.images.shape[1:]), np.uint8)
+        joined[:size], joined[size:] = data.train.images, made.images
+        return Split(joined, np.concatenate([data.train.labels, made.labels]))
 
     arms = dict(real=Arm("real", size, recipe, lambda: data.train, "real"))
-    if not counts_steps:
+    if not equally_long:
         arms["longer"] = Arm(f"real, trained as long as {chosen}", size, equal, lambda: data.train)
     if settings.augmentation != "none":
         title = f"real with {settings.augmentation.replace('_', ' ')}"
         changed = dataclasses.replace(equal, augmentation=settings.augmentation)
         arms["augmented"] = Arm(title, size, changed, lambda: data.train)
-    drawn = "round_trips" if counts_steps else ""
+    drawn = "round_trips" if equally_long else ""
     arms["round_trips"] = Arm("real through the VAE", size, equal, lambda: round_trip_training_set(run), drawn)
     arms["synthetic"] = Arm(chosen, count, recipe, synthetic, f"x{int(chosen[1:]):02d}")
     arms["both"] = Arm(f"real + {chosen}", size + count, equal, both)
@@ -107,7 +116,7 @@ def training_steps(recipe: ClassifierRecipe, images: int) -> int:
 def arm_logits(run: Run, name: str, arm: Arm) -> np.ndarray:
     """The answers of an arm's classifiers to the test images, float32 (seeds, n, C): those of Table 2's cell if it has them."""
     kept = logits_path(run, arm.cell) if arm.cell else None
-    if kept is None or not kept.exists():
+    if kept is None or not is_recorded(run.settings, "05", kept):
         kept, seeds = run.work_folder / "logits" / f"{name}.safetensors", classifier_seeds(run)
         run.record_test_reading(f"verdict, {arm.title}: {len(seeds)} classifiers")
         how = dict(recipe=arm.recipe, keep_logits=kept)
@@ -124,6 +133,10 @@ def describe(arm: Arm, logits: np.ndarray, labels: np.ndarray, ordered: bool) ->
         images=arm.images,
         training_steps=training_steps(arm.recipe, arm.images),
         **scores,
-        **{name: float(np.mean([score[name] for score in more])) for name in more[0]},
+        **{name: mean_or_none([score[name] for score in more]) for name in more[0]},
         confusion=[[None if np.isnan(share) else float(share) for share in row] for row in confusion(logits, labels)],
     )
+
+
+def mean_or_none(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))

@@ -49,11 +49,14 @@ def paired_difference(second: np.ndarray, first: np.ndarray, level: float = 0.95
     """
     answers = second.astype(float) - first.astype(float)
     seeds, images = answers.shape
-    mean, (variance, freedom) = float(answers.mean()), variance_of_mean(answers)
+    mean = float(answers.mean())
+    if images == 1:
+        return Difference(mean, -1.0, 1.0, 1.0, seeds, images, level)
+    variance, freedom = variance_of_mean(answers)
     half = math.sqrt(variance) * float(stats.t.ppf((1 + level) / 2, freedom))
-    if not answers.any():  # no image tells them apart: what share could do so and be missed (Clopper and Pearson)
-        half = 1 - ((1 - level) / 2) ** (1 / images)
-    return Difference(mean, max(mean - half, -1), min(mean + half, 1), math.sqrt(variance), seeds, images, level)
+    # Where (almost) no image tells the sets apart: what share could do so, and be missed (Clopper and Pearson).
+    half = max(half, 1 - ((1 - level) / 2) ** (1 / images))
+    return Difference(mean, max(mean - half, -1.0), min(mean + half, 1.0), math.sqrt(variance), seeds, images, level)
 
 
 def variance_of_mean(answers: np.ndarray) -> tuple[float, float]:

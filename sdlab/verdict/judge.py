@@ -12,6 +12,7 @@ from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.evaluation import save_arrays
 from sdlab.runs.experiment import Experiment
+from sdlab.runs.records import is_recorded
 from sdlab.runs.run import Run
 from sdlab.seeds import derive_seed
 
@@ -34,27 +35,35 @@ class Judge:
         return float((self.logits(split.images).argmax(1) == split.labels).mean())
 
 
-def make_judge(run: Run) -> Judge:
-    """Stage 00's part: the experiment's judge, saved as `judge/judge.safetensors`."""
-    if not run.finished and not judge_path(run).exists():
-        save_arrays(judge_path(run), **train_judge(run))
-    return load_judge(run)
+def make_judge(run: Run) -> Judge | None:
+    """Stage 00's part: the experiment's judge, saved as `judge/judge.safetensors`. None if a finished stage has none."""
+    path = judge_path(run)
+    if not path.exists() and run.finished:
+        return None
+    if not path.exists():
+        save_arrays(path, **train_judge(run))
+    return judge_of(run, load_file(path))
 
 
 def load_judge(run: Experiment) -> Judge:
-    """The experiment's judge. Where stage 00 is older than judges, each stage that asks trains one.
+    """The experiment's judge. Where stage 00 has left none (it is older than judges, or not run), one is trained.
 
-    Raises `BadInput` if the memory is too small for that.
+    Raises `BadInput` if stage 00's was altered, or the memory is too small for training.
     """
-    path, settings = judge_path(run), run.settings
-    if not path.exists() and run.work_folder:
-        path = run.work_folder / "judge.safetensors"
-    weights = load_file(path) if path.exists() else train_judge(run)
-    if not path.exists() and run.work_folder:
+    path = judge_path(run)
+    if is_recorded(run.settings, "00", path):
+        return judge_of(run, load_file(path))
+    path = run.work_folder and run.work_folder / "judge.safetensors"  # until the stage is finished
+    weights = load_file(path) if path and path.exists() else train_judge(run)
+    if path and not path.exists():
         save_arrays(path, **weights)
-    model = ResNet20(run.data.num_classes, settings.classifier_filters)
+    return judge_of(run, weights)
+
+
+def judge_of(run: Experiment, weights: dict[str, np.ndarray]) -> Judge:
+    model = ResNet20(run.data.num_classes, run.settings.classifier_filters)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-    return Judge(model.to(choose_device(settings.device), memory_format=torch.channels_last))
+    return Judge(model.to(choose_device(run.settings.device), memory_format=torch.channels_last))
 
 
 def judge_path(run: Experiment) -> Path:
