@@ -41,8 +41,9 @@ def test_counts_are_those_of_the_notebooks(settings):
     per_classifier = s.classifier_train_steps * s.classifier_batch_size
     assert found["01"]["cell images"] == found["02"]["cell images"] == s.classifier_seeds * per_classifier
     assert found["02"]["trial images"] == s.search_1_trials * 2 * s.search_classifier_seeds * per_classifier
-    assert found["00"]["cell images"] == 2 * s.classifier_seeds * per_classifier  # real, round trips
-    assert found["05"]["cell images"] == 4 * s.classifier_seeds * per_classifier  # the same, x1, x2
+    assert found["00"]["cell images"] == (2 * s.classifier_seeds + 1) * per_classifier  # real, round trips, the judge
+    assert found["05"]["cell images"] == 4 * s.classifier_seeds * per_classifier  # real, round trips, x1, x2
+    assert found["08"]["cell images"] == 2 * s.classifier_seeds * per_classifier  # real with shifts, real and chosen
 
 
 def test_the_papers_experiment_in_numbers():
@@ -54,6 +55,8 @@ def test_the_papers_experiment_in_numbers():
     assert most["02"]["passes"] == 51 * 4000 * 50 * 2
     real_to_x10 = 100 * 40_000 * (2 + 55) * s.classifier_seeds  # real images twice: once through the VAE
     assert most["05"]["cell images"] == real_to_x10
+    # Trained as long as x10: real, real with flips and shifts, round trips, real and x10.
+    assert most["08"]["cell images"] == 4 * 100 * 400_000 * s.classifier_seeds and most["08"]["decoded"] == 40_000
 
 
 def test_pruning_saves_what_the_searchs_own_pruner_prunes(settings):
@@ -98,11 +101,14 @@ def test_time_is_the_sum_of_what_is_done(settings):
 
 
 def test_what_notebooks_do_besides_is_counted(settings):
-    """Smoke depth by hand: 3 classes, 3 steps, figures of five guidance scales and of epochs 1 and 2."""
+    """Smoke depth by hand: 3 classes, 3 steps, figures of five guidance scales and of epochs 1 and 2, 96 judged images."""
     base, sizes = load_base_model(settings), count_numbers(settings)
     found = planning.besides(settings, FACTS, base, sizes, most=True)
-    assert (found["01"]["shown passes"], found["01"]["shown images"]) == ((8 + 2 * 2) * 3 * 3, (5 + 2) * 3 + 5 * 10)
-    assert (found["03"]["shown passes"], found["03"]["shown images"]) == (2 * 3 * 3 * 3, 3 * 3)
+    assert (found["01"]["shown passes"], found["01"]["shown images"]) == (
+        (8 + 2 * 2) * 3 * 3 + 2 * 96 * 3,
+        (5 + 2) * 3 + 5 * 10 + 96,
+    )
+    assert (found["03"]["shown passes"], found["03"]["shown images"]) == (2 * 3 * 3 * 3 + 2 * 96 * 3, 3 * 3 + 96)
     assert found["02"]["bytes read"] == 4 * (sizes["unet"] + base.vae.num_parameters())
     assert found["03"]["bytes written"] == 2 * (12 + 2) * sizes["unet"]
     one = planning.besides(dataclasses.replace(settings, unet_kept_epochs=1), FACTS, base, sizes, most=True)
