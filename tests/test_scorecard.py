@@ -16,10 +16,13 @@ from sdlab.errors import BadInput
 from sdlab.report.scorecard import likeness_table, scorecard_page, scorecard_sentences
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.files import read_json
-from sdlab.tools.scoring import inception_features, real_settings
-from sdlab.verdict import fidelity
-from sdlab.verdict.any_set import match_classes, read_set
+from sdlab.runs.run import Run
+from sdlab.runs.stages import STAGES
+from sdlab.tools.scoring import inception_features, own_settings, real_settings
+from sdlab.verdict import any_set, fidelity
+from sdlab.verdict.any_set import LabelledSet, match_classes, read_set
 from sdlab.verdict.copies import find_copies
+from sdlab.verdict.judge import load_judge, make_judge
 from sdlab.verdict.scorecard import score_set
 
 LEARNS = dict(classifier_train_steps=60, classifier_epochs=6, classifier_learning_rate=1e-2, classifier_seeds=2)
@@ -57,14 +60,13 @@ def test_a_narrow_cloud_is_precise_and_lacks_recall():
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel")
-def test_kid_is_torchmetrics(monkeypatch):
+def test_kid_is_torchmetrics():
     metric = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance(
         feature=torch.nn.Identity(), subsets=1, subset_size=200, gamma=None
     )
     made, real = (cloud.astype(np.float32)[:200] for cloud in clouds(0.5))
     for cloud, is_real in ((made, False), (real, True)):
         metric.update(torch.from_numpy(cloud), real=is_real)
-    monkeypatch.setattr(fidelity, "KID_SUBSETS", 1)
     whole = fidelity.kid_features_to_metric(
         torch.from_numpy(made), torch.from_numpy(real), kid_subsets=1, kid_subset_size=200, rng_seed=0, verbose=False
     )
@@ -89,15 +91,33 @@ def test_copies_are_found_and_repeats_counted(data):
     made = Split(np.concatenate([data.train.images[:10], data.train.images[:5], noisy]), np.zeros(63, np.int64))
     found = find_copies(made, data)
     assert (found["exact"], found["repeated"], found["near"]) == (15, 5, 1) and found["distance"] < found["limit"]
+    assert found["held_out"] == 0 and find_copies(data.test, data)["held_out"] == len(data.test)
     fresh = rng.integers(0, 256, (60, *data.train.images.shape[1:]), np.uint8)
     assert find_copies(Split(fresh, np.zeros(60, np.int64)), data)["near"] == 0
+
+
+@pytest.mark.parametrize("held_out", [24, 60, 400])
+def test_an_honest_set_is_not_called_near_however_few_real_images_there_are(data, held_out):
+    rng, accused = np.random.default_rng(held_out), 0
+    for _ in range(60):
+        train, val, test, made = (
+            Split(rng.integers(0, 256, (n, 3, 2, 2), np.uint8), np.arange(n) % 3)
+            for n in (200, held_out // 2, held_out // 2, 300)
+        )
+        found = find_copies(made, dataclasses.replace(data, train=train, val=val, test=test))
+        accused += found["near"] > 3 * found["expected"]
+    assert accused <= 1
 
 
 # ------------------------------------------------------------------------------------------------- known answers
 
 
+def as_labelled(split) -> LabelledSet:
+    return LabelledSet(split, "by name")
+
+
 def test_a_copy_of_the_training_set_is_as_useful_as_it_and_is_called_a_copy(run, data):
-    card = score_set(run, data.train, "copy")
+    card = score_set(run, as_labelled(data.train), "copy")
     use = card["utility"]
     assert use["made"]["accuracy"] == use["real"]["accuracy"] and use["difference"]["mean"] == 0
     assert abs(card["likeness"]["this set"]["kid"]) < 0.2 and card["labels"]["collapse"] == []
@@ -109,10 +129,13 @@ def test_noise_and_shuffled_labels_are_useless_and_are_said_to_be(run, data):
     rng = np.random.default_rng(0)
     noise = Split(rng.integers(0, 256, data.train.images.shape, np.uint8), data.train.labels)
     shuffled = Split(data.train.images, rng.permutation(data.train.labels))
-    cards = {name: score_set(run, made, name) for name, made in (("noise", noise), ("shuffled", shuffled))}
+    cards = {name: score_set(run, as_labelled(made), name) for name, made in (("noise", noise), ("shuffled", shuffled))}
     for card in cards.values():
         assert card["utility"]["made"]["mean"] < 0.7 < 0.9 < card["utility"]["real"]["mean"]
-        assert "collapsed" in scorecard_sentences(card)[1]
+        assert (
+            "collapsed" in scorecard_sentences(card)[1]
+            and "too few for such an interval" in scorecard_sentences(card)[0]
+        )
     of_noise, of_real = cards["noise"]["likeness"].values()
     assert of_noise["kid"] > 3 * abs(of_real["kid"]) and of_noise["precision"] < of_real["precision"]
 
@@ -126,13 +149,13 @@ def test_classifiers_of_both_train_equally_long_where_epochs_are_counted(setting
         lambda t, v, c, r, *more: steps.append(r.train_steps) or train(t, v, c, r, *more),
     )
     made = Split(np.concatenate([data.train.images] * 2), np.concatenate([data.train.labels] * 2))
-    score_set(run, made, "twice")
+    score_set(run, as_labelled(made), "twice")
     assert steps == [6 * 6] * 4
 
 
 def test_too_few_images_are_refused(run, data):
     with pytest.raises(BadInput, match="few has 10 images: at least 24 are needed"):
-        score_set(run, Split(data.train.images[:10], data.train.labels[:10]), "few")
+        score_set(run, as_labelled(Split(data.train.images[:10], data.train.labels[:10])), "few")
 
 
 def test_another_network_is_named_and_used(run, data):
@@ -142,7 +165,7 @@ def test_another_network_is_named_and_used(run, data):
         asked.append(len(images))
         return images.reshape(len(images), -1).astype(float)
 
-    card = score_set(run, data.train, "copy", network, "pixels")
+    card = score_set(run, as_labelled(data.train), "copy", network, "pixels")
     assert card["about"]["network"] == "pixels" and len(asked) == 3
 
 
@@ -170,22 +193,72 @@ def as_set(split):
 @pytest.mark.parametrize(
     "names", [("left", "middle", "right"), ("000_left", "001_middle", "002_right"), ("0", "1", "2")]
 )
-def test_a_folder_is_read_whole_in_the_real_labels(settings, data, tmp_path, names):
+def test_a_folder_is_read_whole_in_the_real_labels(data, tmp_path, names):
     write_folder(tmp_path / "made", data.train, names)
-    assert as_set(read_set(tmp_path / "made", data, settings)) == as_set(data.train)
+    found = read_set(tmp_path / "made", data)
+    assert as_set(found.split) == as_set(data.train) and found.matched == ("by number" if "0" in names else "by name")
 
 
-def test_an_npz_of_other_size_is_resized(settings, data, tmp_path):
+def test_one_image_a_class_is_a_set_and_files_can_be_left_out(data, tmp_path):
+    write_folder(tmp_path / "made", Split(data.train.images[:3], data.train.labels[:3]), ("left", "middle", "right"))
+    (tmp_path / "made" / "left" / "note.txt").write_text("no image")
+    (tmp_path / "made" / "other").mkdir()
+    Image.fromarray(data.train.images[0].transpose(1, 2, 0)).save(tmp_path / "made" / "other" / "a.png")
+    with pytest.raises(BadInput, match="has the classes other"):
+        read_set(tmp_path / "made", data)
+    assert len(read_set(tmp_path / "made", data, exclude="other").split) == 3
+
+
+def test_an_npz_of_other_size_is_resized(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(any_set, "PART", 7)
     images = np.repeat(np.repeat(data.train.images, 2, 2), 2, 3).transpose(0, 2, 3, 1)
     np.savez(tmp_path / "made.npz", train_images=images, train_labels=data.train.labels)
-    found = read_set(tmp_path / "made.npz", data, settings)
-    assert found.images.shape == data.train.images.shape and sorted(found.labels) == sorted(data.train.labels)
+    found = read_set(tmp_path / "made.npz", data).split
+    assert found.images.shape == data.train.images.shape and np.array_equal(found.labels, data.train.labels)
+    assert abs(found.images.astype(int) - data.train.images).mean() < 20  # antialiased: each is a mean of neighbours
 
 
 def test_unknown_classes_are_refused_by_name(data, tmp_path):
     with pytest.raises(BadInput, match=r"has the classes up, which bars does not have \(it has left, middle, right\)"):
         match_classes(tmp_path, ("left", "up"), data)
-    assert match_classes(tmp_path, ("right", "left"), data).tolist() == [2, 0]
+    found, how = match_classes(tmp_path, ("right", "left"), data)
+    assert (found["right"], found["left"], how) == (2, 0, "by name")
+    assert match_classes(tmp_path, ("2", "0"), data) == ({"2": 2, "0": 0}, "by number")
+    with pytest.raises(BadInput, match="has the classes 0, 3, which"):
+        match_classes(tmp_path, ("0", "3"), data)
+
+
+def test_labels_that_mean_nothing_are_seen_where_most_images_are_of_one_class(run, data):
+    """A set of one class in eight tenths: its random labels are right in two thirds."""
+    rng = np.random.default_rng(0)
+    shown = rng.choice(3, 300, p=[0.8, 0.1, 0.1])
+    rows = [rng.choice(np.flatnonzero(data.test.labels == label)) for label in shown]
+    images = data.test.images[rows]
+    honest, random = (
+        score_set(run, as_labelled(Split(images, labels)), "set")["labels"]
+        for labels in (shown, rng.permutation(shown))
+    )
+    assert 0.5 < random["chance"] < 0.75 and "not clearly more than chance" in " ".join(random["collapse"])
+    assert honest["fidelity"] > 0.9 and not honest["collapse"]
+
+
+def test_a_set_of_test_images_means_nothing_and_is_said_to(run, data):
+    card = score_set(run, as_labelled(Split(data.test.images, data.test.labels)), "test")
+    assert (
+        scorecard_sentences(card)[0] == "30 of its images are real validation or test images: its scores mean nothing."
+    )
+
+
+def test_a_judge_of_other_images_or_filters_is_not_taken(settings, data, base):
+    settings = dataclasses.replace(settings, **LEARNS)
+    stage = Run(settings, STAGES["00"].stem, data, base)
+    own = make_judge(stage)
+    stage.save_metrics("data", {})
+    stage.finish(stage.metrics_path("data"))
+    wider = dataclasses.replace(settings, classifier_filters=8)
+    assert load_judge(Experiment(wider, data)).filters == own.filters == 4
+    other = dataclasses.replace(data, train=Split(data.train.images[::-1].copy(), data.train.labels))
+    assert load_judge(Experiment(wider, other)).filters == 8
 
 
 def test_real_may_be_an_experiment_or_a_data_set(tmp_path):
@@ -195,12 +268,18 @@ def test_real_may_be_an_experiment_or_a_data_set(tmp_path):
     assert real_settings(str(tmp_path / "photos"), {}).dataset == str(tmp_path / "photos")
 
 
+def test_settings_on_top_are_meant_for_the_real_images(tmp_path):
+    given = dict(classifier_seeds=8, runs_root=str(tmp_path))
+    own = own_settings("digits", given)
+    assert (own.classifier_seeds, own.runs_root) == (4, str(tmp_path)) and own_settings("./digits", given) is None
+
+
 # ---------------------------------------------------------------------------------------------------------- page
 
 
 def test_the_page_holds_its_pictures_and_escapes_names(run, data):
     odd = dataclasses.replace(data, class_names=("<b>left</b>", "middle", "right"), name="<script>")
-    card = score_set(Experiment(run.settings, odd), data.train, "a & b")
+    card = score_set(Experiment(run.settings, odd), as_labelled(data.train), "a & b")
     page = scorecard_page(card, data.train, odd)
     assert "<script>" not in page and "a &amp; b" in page and len(re.findall("data:image/png;base64,", page)) == 3
     assert "src=" in page and not re.search(r'(src|href)="(?!data:)', page)
@@ -217,7 +296,12 @@ def test_the_command_scores_a_finished_runs_export(finished, tmp_path):
     assert said.returncode == 0, said.stderr
     assert scorecard_sentences(card)[0] in said.stdout and card["about"]["images"] == 1000
     assert (tmp_path / "card" / "scorecard.html").read_text().startswith("<!DOCTYPE html>")
-    assert json.dumps(card) and "Traceback" not in said.stderr
+    assert json.dumps(card, allow_nan=False) and "Traceback" not in said.stderr
+    own = command(
+        BIN / "sdlab", "score", world / "smoke.yaml", "--against", world / "smoke.yaml", "--to", tmp_path / "own"
+    )
+    assert own.returncode == 0, own.stderr
+    assert read_json(tmp_path / "own" / "scorecard.json")["utility"] == card["utility"]
     again = command(BIN / "sdlab", *scored)
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
     nothing = command(BIN / "sdlab", "score", tmp_path / "nowhere", "--against", "digits")

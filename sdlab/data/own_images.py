@@ -54,17 +54,26 @@ def read_folder(folder: Path, settings: Settings) -> ImageDataset:
 
 def read_images(listing: Listing, origin: str, settings: Settings) -> ImageDataset:
     """All images of a folder, at the classifier's size, in their splits."""
-    pictures, unreadable = decode_files(listing, listing.entries, settings.image_size)
+    pictures, bit_depth, remarks = decode_folder(listing, settings.image_size)
+    classes, digests = naming.ordered(e.class_name for e in pictures), [p.digest for p in pictures.values()]
+    entries = complete_splits(listing.folder, classes, [*pictures], digests, settings)
+    return ImageDataset.from_entries(
+        classes, np.stack([picture.pixels for picture in pictures.values()]), entries, name=listing.folder.name,
+        source=f"folder {listing.folder.name}/", remarks=tuple(remarks), origin=origin, bit_depth=bit_depth,
+    )  # fmt: skip
+
+
+def decode_folder(listing: Listing, size: int) -> tuple[dict[Entry, DecodedImage], int, list[str]]:
+    """The images of a folder that are read, the bits that its 16-bit files use, and remarks. Raises `BadInput`."""
+    pictures, unreadable = decode_files(listing, listing.entries, size)
     check_readable(listing, pictures, unreadable)
     # One bit depth for the whole set: scaled image by image, equal pixels would come out unequal.
     deep = {entry: picture.peak for entry, picture in pictures.items() if picture.peak}
     bit_depth = next(bits for bits in BIT_DEPTHS if max(deep.values(), default=2**15) < 2**bits)
     if bit_depth < 16:
-        pictures |= decode_files(listing, [*deep], settings.image_size, bit_depth)[0]
+        pictures |= decode_files(listing, [*deep], size, bit_depth)[0]
     remarks = [*listing.remarks, *leave_out_masks(listing.folder, pictures)]
     remarks += check_range(sum(picture.histogram for picture in pictures.values()), listing.folder)
-    classes, digests = naming.ordered(e.class_name for e in pictures), [p.digest for p in pictures.values()]
-    entries = complete_splits(listing.folder, classes, [*pictures], digests, settings)
     if unreadable:
         files = [f"{entry.file} ({why})" for entry, why in unreadable.items()]
         remarks.append(f"{len(files)} unreadable files were left out: {naming.join_names(files)}.")
@@ -72,10 +81,7 @@ def read_images(listing: Listing, origin: str, settings: Settings) -> ImageDatas
     for entry, trait in ((entry, trait) for entry, picture in pictures.items() for trait in picture.traits):
         traits[trait].append(entry.file)
     remarks += [f"{len(n)} of the images: each {trait} ({naming.join_names(n, 2)})." for trait, n in traits.items()]
-    return ImageDataset.from_entries(
-        classes, np.stack([picture.pixels for picture in pictures.values()]), entries, name=listing.folder.name,
-        source=f"folder {listing.folder.name}/", remarks=tuple(remarks), origin=origin, bit_depth=bit_depth,
-    )  # fmt: skip
+    return pictures, bit_depth, remarks
 
 
 def decode_files(

@@ -37,12 +37,13 @@ img { max-width: 100%; } .told { font-size: 1.1rem; } .note { color: #555; font-
 </style></head><body>
 <h1>Scorecard of {{ about.set }}</h1>
 <p class="note">{{ "{:,}".format(about.images) }} labelled images of {{ about.classes | length }} classes, {{ about.image_size }} px,
-compared with {{ about.real }} ({{ about.real_source }}).</p>
+compared with {{ about.real }} ({{ about.real_source }}); classes matched {{ about.matched }}.{% for finding in about.findings %}
+{{ finding }}{% endfor %}</p>
 {% for sentence in sentences %}<p class="told">{{ sentence }}</p>
 {% endfor %}
 <h2>Of what use is it?</h2>
-<p>Classifiers trained on this set and on the real training images: the same recipe, as many training steps, the same seeds;
-scored on real test images.</p>
+<p>Classifiers trained on this set and on the real training images: the same recipe, at most as many training steps, the same
+seeds; scored on real test images. Whoever chooses among sets by these scores has chosen by the test images.</p>
 {{ utility }}
 <h2>How alike are the images?</h2>
 <p>Features of {{ about.network }}, compared with half of the real images that nobody trained on. The other half stands
@@ -51,13 +52,15 @@ beside it: a perfect generator would have its numbers.</p>
 <img alt="Images of each class, real and of this set" src="{{ pictures.rows }}">
 <h2>Are the labels right?</h2>
 <p>The judge, a classifier of real images, takes {{ "{:.1%}".format(labels.fidelity) }} of this set's images for their class, and
-{{ "{:.1%}".format(labels.real) }} of real validation images (mean over classes).
+{{ "{:.1%}".format(labels.real) }} of real validation images in the same shares of classes; a set whose labels mean nothing would
+have {{ "{:.1%}".format(labels.chance) }}.
 {% if labels.diversity is not none %}Two images of a class differ {{ "{:.2f}".format(labels.diversity) }} times as much as two real ones.
 {% endif %}</p>
 <h2>Are these copies?</h2>
-<p>{{ "{:,}".format(copies.exact) }} images are, pixel for pixel, real training images; {{ "{:,}".format(copies.repeated) }} repeat another
-image of the set. Of {{ "{:,}".format(copies.looked_at) }} images, {{ "{:.1%}".format(copies.near) }} are nearer to a training image than
-99 % of held-out real images are; an honest generator has about 1 %.</p>
+<p>{{ "{:,}".format(copies.exact) }} images are, pixel for pixel, real training images, and {{ "{:,}".format(copies.held_out) }} are real
+validation or test images; {{ "{:,}".format(copies.repeated) }} repeat another image of the set. Of {{ "{:,}".format(copies.looked_at) }}
+images, {{ "{:.1%}".format(copies.near) }} are as near to a training image as the nearest {{ "{:.1%}".format(copies.expected) }} of held-out
+real images are; an honest generator has about as many.</p>
 <p class="note">Distances certify nothing: a set without near copies can still tell who was in the training set.</p>
 <img alt="The nearest pairs of each class" src="{{ pictures.pairs }}">
 <h2>How many of each class?</h2>
@@ -73,20 +76,27 @@ def scorecard_sentences(card: Mapping) -> list[str]:
     found = Difference(**use["difference"])
     points = 100 * found.mean
     where = "level with" if abs(points) < 0.05 else f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+    few = ""
+    if found.seeds < 3:
+        few = f" ({found.seeds} classifier{'s' * (found.seeds > 1)} each are too few for such an interval: `classifier_seeds`)"
     told = "; the difference may be chance" if found.low <= 0 <= found.high else ""
     said = [
         f"A classifier trained on it is {where} one trained on the real images (95 % CI {signed(found.low)} to "
-        f"{signed(found.high)}{told}): {100 * use['made']['mean']:.1f} % and {100 * use['real']['mean']:.1f} % of {found.images:,} real "
+        f"{signed(found.high)}{told}){few}: {100 * use['made']['mean']:.1f} % and {100 * use['real']['mean']:.1f} % of {found.images:,} real "
         f"test images; always answering the most frequent class scores {100 * use['majority']:.1f} %."
     ]
     if labels["collapse"]:
-        said.append(f"The generator seems to have collapsed: {'; '.join(labels['collapse'])}.")
+        said.append(f"The generator may have collapsed: {'; '.join(labels['collapse'])}.")
+    if copies["held_out"]:
+        said.insert(
+            0, f"{copies['held_out']:,} of its images are real validation or test images: its scores mean nothing."
+        )
     if copies["exact"]:
         said.append(f"{copies['exact']:,} of its images are copies of real training images.")
     elif copies["near"] > 3 * copies["expected"]:
         said.append(
-            f"{copies['near']:.1%} of its images are nearer to a training image than 99 % of held-out real images are: look at "
-            "the pairs below."
+            f"{copies['near']:.1%} of its images are as near to a training image as the nearest {copies['expected']:.1%} of held-out "
+            "real images are: look at the pairs on the page."
         )
     return said
 
@@ -141,7 +151,7 @@ def show_both(made: Split, real: ImageDataset, each: int = 8) -> Figure:
         shown = [split.images[split.labels == label][:each] for split in (real.train, made)]
         gap = np.full((1, *made.images.shape[1:]), 255, np.uint8)
         padded = [np.concatenate([s, np.repeat(gap, each - len(s), 0)]) for s in shown]
-        rows[real.class_names[label][:20]] = np.concatenate([padded[0], gap, padded[1]])
+        rows[f"{label} {real.class_names[label]:.16}"] = np.concatenate([padded[0], gap, padded[1]])
     figure = samples.show_image_rows(rows)
     figure.suptitle("real training images | this set", fontsize=10)
     return figure

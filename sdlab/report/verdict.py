@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sdlab.report.printing import escape_markdown
+from sdlab.report.printing import escape_markdown, paragraphs
 from sdlab.settings import Settings
 from sdlab.verdict.intervals import Difference
 
@@ -92,10 +92,11 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(whole | rest).mask(table.isna(), "")
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """`verdict_table` as Markdown."""
-    text = as_text(table).rename(index=escape_markdown)
-    return text.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(text.columns)])
+def verdict_page(verdict: Mapping) -> str:
+    """The sentences and the table as Markdown: the report's verdict.md."""
+    text = as_text(verdict_table(verdict)).rename(index=escape_markdown)
+    table = text.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(text.columns)])
+    return f"# Verdict\n\n{paragraphs(verdict_sentences(verdict))}\n\n{table}\n"
 
 
 def plot_differences(verdict: Mapping) -> Figure:

@@ -121,7 +121,9 @@ def is_recorded(settings: Settings, number: str, path: Path) -> bool:
     if not entry or not path.exists():
         return False
     if sha256_of_file(path) != entry.sha256:
-        raise BadInput(f"{path} is damaged (its hash does not match its content): {MOVE_AWAY}.")
+        raise BadInput(
+            f"{path} is damaged (its hash does not match its content): move it away, and stages that need it train their own."
+        )
     return True
 
 

@@ -169,8 +169,10 @@ def run(settings: Settings, until: str, redo: str | None, strict: bool, from_ref
 def is_published(settings: Settings, number: str) -> bool:
     """Whether the report folder has what a finished stage writes there."""
     if number == "08":
-        names = ("verdict.md", "verdict.csv", "figure_verdict.png")
-        return all((settings.report_folder / name).exists() for name in names)
+        from sdlab.report.verdict import verdict_page
+
+        path, found = settings.report_folder / "verdict.md", read_json(settings.run_folder / "metrics" / "verdict.json")
+        return path.exists() and path.read_text(encoding="utf-8") == verdict_page(found)
     if number == "07":
         from sdlab.report.printing import tables_are_current  # pandas is slow to import
 
@@ -250,8 +252,9 @@ def verdict(settings: Settings) -> None:
 @click.option("--to", "target", type=click.Path(path_type=Path), help="A new folder.  [default: reports/score-IMAGES]")
 @click.option("--inception", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
               help="InceptionV3's weights: its features instead of the judge's.")  # fmt: skip
+@click.option("--exclude", default="", help="Of a folder: names or patterns to leave out, comma between.")
 @click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Lay a setting on top.")
-def score(images: str, against: str, target: Path | None, inception: str | None, given: tuple) -> None:
+def score(images: str, against: str, target: Path | None, inception: str | None, exclude: str, given: tuple) -> None:
     """A scorecard of any labelled images: IMAGES is a folder of classes, an npz, or an experiment, whose chosen set it is.
 
     Of what use they are to a classifier, how alike real ones, whether labels are right, and whether they are copies: one page
@@ -259,9 +262,8 @@ def score(images: str, against: str, target: Path | None, inception: str | None,
     """
     from sdlab.tools.scoring import score_images
 
-    folder, sentences = score_images(
-        images, against, target, inception, {name: parse(name, value) for name, value in given}
-    )
+    on_top = {name: parse(name, value) for name, value in given}
+    folder, sentences = score_images(images, against, target, inception, exclude, on_top)
     click.echo("\n".join(sentences))
     click.echo(f"{relative_to_project(folder)}/: scorecard.html, scorecard.json")
 

@@ -49,7 +49,9 @@ class Alarm:
     label_fidelity: float
     p_chance: float  # of so many right labels or more from a generator that ignores the class
     p_real: float  # of so few or fewer from one whose images are as good as real ones
-    real_fidelity: float  # of real validation images: the judge's balanced accuracy
+    chance: float  # the share that a generator which ignores the class would have: 1 / C for equal classes
+    real_fidelity: float  # of real validation images, in the same shares of classes
+    judge_balanced: float  # the judge's balanced accuracy on real validation images
     diversity: float | None  # 1: as far from one another as real images
 
     @property
@@ -63,7 +65,7 @@ class Alarm:
         if self.judge_sees and self.p_chance > SIGNIFICANCE and self.p_real < SIGNIFICANCE:
             found.append(
                 f"a judge takes {self.label_fidelity:.0%} of {self.images} images for the class that was asked for, which is not "
-                f"clearly more than chance ({1 / self.classes:.0%}), and {self.real_fidelity:.0%} of real ones"
+                f"clearly more than chance ({self.chance:.0%}), and {self.real_fidelity:.0%} of real ones"
             )
         if self.judge_sees and self.diversity is not None and self.diversity < DIVERSITY:
             found.append(
@@ -75,17 +77,17 @@ class Alarm:
     def judge_sees(self) -> bool:
         """Whether the judge tells the real classes apart: a blind one says nothing about generated ones."""
         chance = 1 / self.classes
-        return self.real_fidelity > chance + SIGHT * (1 - chance)
+        return self.judge_balanced > chance + SIGHT * (1 - chance)
 
     @property
     def sentence(self) -> str:
         """For notebooks and the command line; it begins with WARNING if the generator may have collapsed."""
-        blind = f" The judge takes only {self.real_fidelity:.0%} of real images for their class: too few to tell."
+        blind = f" The judge takes only {self.judge_balanced:.0%} of real images for their class: too few to tell."
         blind *= not self.judge_sees
         if self.reasons:
             return f"WARNING The generator may have collapsed: {'; '.join(self.reasons)}.{blind}"
         seen = [
-            f"{self.label_fidelity:.0%} of {self.images} images are taken for their class (chance {1 / self.classes:.0%}, real images "
+            f"{self.label_fidelity:.0%} of {self.images} images are taken for their class (chance {self.chance:.0%}, real images "
             f"{self.real_fidelity:.0%})"
         ]
         if self.effective_rank is not None:
@@ -133,7 +135,10 @@ def judged_images(classes: int) -> int:
 def judge_images(judge: Judge, made: Split, data: ImageDataset, table: "ClassTable | None" = None) -> Alarm:
     """Alarm signs of labelled images; those of the encoder only with its table."""
     classes, real = data.num_classes, score_predictions(judge.logits(data.val.images), data.val.labels)
-    right = int((judge.logits(made.images).argmax(1) == made.labels).sum())
+    answers = judge.logits(made.images).argmax(1)
+    right = int((answers == made.labels).sum())
+    asked, taken = (np.bincount(values, minlength=classes) / len(made) for values in (made.labels, answers))
+    chance, as_real = float(asked @ taken), float(asked @ np.nan_to_num(real.recall, nan=real.balanced))
     rank, share = rank_of(table, classes) if table is not None else (None, None)
     return Alarm(
         images=len(made),
@@ -141,10 +146,12 @@ def judge_images(judge: Judge, made: Split, data: ImageDataset, table: "ClassTab
         effective_rank=rank,
         rank_share=share,
         label_fidelity=right / len(made),
-        p_chance=float(stats.binomtest(right, len(made), 1 / classes, alternative="greater").pvalue),
-        p_real=float(stats.binomtest(right, len(made), real.balanced, alternative="less").pvalue),
-        real_fidelity=real.balanced,
-        diversity=diversity(judge, made, data.train),
+        p_chance=float(stats.binomtest(right, len(made), chance, alternative="greater").pvalue),
+        p_real=float(stats.binomtest(right, len(made), min(as_real, 1.0), alternative="less").pvalue),
+        chance=chance,
+        real_fidelity=as_real,
+        judge_balanced=real.balanced,
+        diversity=diversity(judge, made, data),
     )
 
 
@@ -156,18 +163,26 @@ def rank_of(table: "ClassTable", classes: int) -> tuple[float | None, float | No
     return rank, math.log(max(rank, 1.0)) / math.log(classes - 1)
 
 
-def diversity(judge: Judge, made: Split, real: Split, each: int = 50) -> float | None:
+def diversity(judge: Judge, made: Split, data: ImageDataset, each: int = 50) -> float | None:
     """Median over classes of the mean distance of two generated images of a class, over that of two real ones.
 
-    In the judge's features, of up to `each` images a class. None if no class has two images of both kinds.
+    In the judge's features, of up to `each` images a class; the real ones are validation images, where a class has two: the
+    judge was trained on the others. None if no class has two images of both kinds.
     """
     ratios = []
     for label in np.unique(made.labels):
-        spread = []
-        for split in (made, real):
-            features = judge.features(split.images[split.labels == label][:each])
-            distances = np.linalg.norm(features[:, None] - features, axis=2)[np.triu_indices(len(features), 1)]
-            spread.append(distances.mean() if len(distances) else math.nan)
-        if spread[1] > 0 and not math.isnan(spread[0]):
-            ratios.append(spread[0] / spread[1])
+        real = data.val if (data.val.labels == label).sum() > 1 else data.train
+        found, expected = (spread_in_class(judge, split, label, each) for split in (made, real))
+        if expected > 0 and not math.isnan(found):
+            ratios.append(found / expected)
     return float(np.median(ratios)) if ratios else None
+
+
+def spread_in_class(judge: Judge, split: Split, label: int, each: int) -> float:
+    """The mean distance of two images of a class, of at most `each`, evenly spread; nan for fewer than two images."""
+    rows = np.flatnonzero(split.labels == label)
+    if len(rows) < 2:
+        return math.nan
+    rows = rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
+    features = judge.features(split.images[rows])
+    return float(np.linalg.norm(features[:, None] - features, axis=2)[np.triu_indices(len(features), 1)].mean())

@@ -8,30 +8,35 @@ from sklearn.metrics import pairwise_distances_argmin_min
 
 from sdlab.data.images import ImageDataset, Split
 
-NEAR = 0.01  # an image is near if so few held-out real images are as near to a training image
+NEAR, AT_LEAST = 0.01, 10  # an image is near if so few held-out real ones are as near: this share, or so many of a few
 MOST = 2000  # generated and held-out images whose neighbours are looked for
 
 
 def find_copies(made: Split, data: ImageDataset) -> dict:
-    """Counts of exact copies, and the share of `made` that is nearer to a training image than real images are.
+    """Counts of exact copies of training images and of held-out ones, and the share of `made` that is near a training image.
 
-    `near` is that share among the first `MOST` images, to be compared with `expected`, which an honest generator has.
+    `near` is the share, among at most `MOST` images, of those that are as near to a training image as the nearest `expected`
+    share of held-out real images are. An honest generator has about as many.
     """
-    training = {digest(image) for image in data.train.images}
     counts = Counter(map(digest, made.images))
-    flat = flatten(data.train.images)
-    held_out = np.concatenate([data.val.images, data.test.images])
-    to_train, of_held_out = (nearest(images, flat) for images in (spread(made.images), spread(held_out)))
-    limit = float(np.quantile(of_held_out, NEAR))
+    of_training, held_out = data.train.images, np.concatenate([data.val.images, data.test.images])
+    exact, of_held_out = (
+        sum(counts[name] for name in {digest(image) for image in images}) for images in (of_training, held_out)
+    )
+    flat = flatten(of_training)
+    to_train, real = (nearest(spread(images), flat) for images in (made.images, held_out))
+    expected = min(max(NEAR, AT_LEAST / len(real)), 0.5)
+    limit = float(np.quantile(real, expected))
     return dict(
-        exact=sum(count for name, count in counts.items() if name in training),
+        exact=exact,
+        held_out=of_held_out,
         repeated=sum(count - 1 for count in counts.values()),
-        near=float((to_train < limit).mean()),
-        expected=NEAR,
+        near=float((to_train <= limit).mean()),
+        expected=expected,
         limit=limit,
         looked_at=len(to_train),
         distance=float(np.median(to_train)),
-        real_distance=float(np.median(of_held_out)),
+        real_distance=float(np.median(real)),
     )
 
 

@@ -12,7 +12,7 @@ from sdlab.data.images import Split
 from sdlab.devices import choose_device, raise_on_oom
 from sdlab.evaluation import save_arrays
 from sdlab.runs.experiment import Experiment
-from sdlab.runs.records import is_recorded
+from sdlab.runs.records import is_recorded, read_record
 from sdlab.runs.run import Run
 from sdlab.seeds import derive_seed
 
@@ -30,6 +30,11 @@ class Judge:
     def features(self, images: np.ndarray) -> np.ndarray:
         """What its last layer reads: (n, 4 * classifier_filters)."""
         return answers(self.model, self.model.features, images)
+
+    @property
+    def filters(self) -> int:
+        """Of its first stage."""
+        return self.model.stem.out_channels
 
     def accuracy(self, split: Split) -> float:
         return float((self.logits(split.images).argmax(1) == split.labels).mean())
@@ -50,8 +55,9 @@ def load_judge(run: Experiment) -> Judge:
 
     Raises `BadInput` if stage 00's was altered, or the memory is too small for training.
     """
-    path = judge_path(run)
-    if is_recorded(run.settings, "00", path):
+    path, record = judge_path(run), read_record(run.settings, "00")
+    of_these_images = record is not None and record.inputs.get("data") == run.data.fingerprint()
+    if of_these_images and is_recorded(run.settings, "00", path):
         return judge_of(run, load_file(path))
     path = run.work_folder and run.work_folder / "judge.safetensors"  # until the stage is finished
     weights = load_file(path) if path and path.exists() else train_judge(run)
@@ -61,7 +67,7 @@ def load_judge(run: Experiment) -> Judge:
 
 
 def judge_of(run: Experiment, weights: dict[str, np.ndarray]) -> Judge:
-    model = ResNet20(run.data.num_classes, run.settings.classifier_filters)
+    model = ResNet20(run.data.num_classes, len(weights["stem.weight"]))  # the settings may have changed since stage 00
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     return Judge(model.to(choose_device(run.settings.device), memory_format=torch.channels_last))
 

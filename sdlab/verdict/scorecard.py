@@ -15,11 +15,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from sdlab.classifier import ClassifierRecipe
-from sdlab.data.images import Split
+from sdlab.data.images import ImageDataset, Split
 from sdlab.errors import BadInput
 from sdlab.evaluation import classifier_seeds, train_and_score_classifiers
 from sdlab.metrics import further_scores, summarize
 from sdlab.runs.experiment import Experiment
+from sdlab.verdict.any_set import LabelledSet
 from sdlab.verdict.collapse import judge_images
 from sdlab.verdict.controls import mean_or_none, training_steps
 from sdlab.verdict.copies import find_copies
@@ -31,15 +32,16 @@ FEATURES = 10_000  # images of a set whose features are compared
 FEWEST = 4 * (DENSITY_NEIGHBOURS + 1)
 
 
-def score_set(run: Experiment, made: Split, name: str, network: Callable | None = None, network_name: str = "") -> dict:
-    """The scorecard of `made`, whose images have the size of the run's data. `network` gives features of uint8 images (n, 3, h, w);
-    by default the judge's. Raises `BadInput` for too few images.
+def score_set(
+    run: Experiment, labelled: LabelledSet, name: str, network: Callable | None = None, network_name: str = ""
+) -> dict:
+    """The scorecard of a set, whose images have the size of the run's data. `network` gives features of uint8 images
+    (n, 3, h, w); by default the judge's. Raises `BadInput` for too few images.
     """
-    data, judge = run.data, load_judge(run)
+    data, made = run.data, labelled.split
+    check_enough(name, len(made), data)
     held_out = np.concatenate([data.val.images, data.test.images])
-    for images, what in ((made.images, name), (held_out, f"validation and test of {data.name}")):
-        if len(images) < FEWEST:
-            raise BadInput(f"{what} has {len(images)} images: at least {FEWEST} are needed for a scorecard.")
+    judge = load_judge(run)
     mixed = np.random.default_rng(run.settings.seed).permutation(len(held_out))
     reference, others = held_out[mixed[::2]][:FEATURES], held_out[mixed[1::2]][:FEATURES]
     features = network or scaled(judge.features, held_out[:FEATURES])
@@ -55,16 +57,29 @@ def score_set(run: Experiment, made: Split, name: str, network: Callable | None 
             real_source=data.source,
             classes=list(data.class_names),
             image_size=data.image_size,
-            network=network_name or f"ResNet20 of {run.settings.classifier_filters} filters, trained on {data.name}",
+            network=network_name or f"a ResNet20 of {judge.filters} filters that was trained on {data.name}",
+            matched=labelled.matched,
+            findings=list(labelled.remarks),
         ),
         utility=utility(run, made),
         likeness={who: compare_features(features(images), reference) for who, images in compared.items()},
         labels=dict(
-            fidelity=alarm.label_fidelity, real=alarm.real_fidelity, diversity=alarm.diversity, collapse=alarm.reasons
+            fidelity=alarm.label_fidelity,
+            real=alarm.real_fidelity,
+            chance=alarm.chance,
+            diversity=alarm.diversity,
+            collapse=alarm.reasons,
         ),
         copies=find_copies(made, data),
         balance=dict(made=np.bincount(made.labels, minlength=data.num_classes).tolist(), real=data.counts()["train"]),
     )
+
+
+def check_enough(name: str, images: int, data: ImageDataset) -> None:
+    """Raises `BadInput` for a set, or real images, of too few images for neighbourhoods."""
+    for what, count in ((name, images), (f"validation and test of {data.name}", len(data.val) + len(data.test))):
+        if count < FEWEST:
+            raise BadInput(f"{what} has {count} images: at least {FEWEST} are needed for a scorecard.")
 
 
 def some(images: np.ndarray, count: int) -> np.ndarray:
