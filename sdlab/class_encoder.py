@@ -67,9 +67,7 @@ class ClassTable(ModelMixin, ConfigMixin):
         """
         classes = self.table()[:-1].detach().flatten(1).double()
         variances = torch.linalg.svdvals(classes - classes.mean(0)).square()
-        ratios = variances / variances.sum().clamp(
-            min=torch.finfo(variances.dtype).tiny
-        )  # classes that are all alike: 1
+        ratios = variances / variances.sum().clamp(min=torch.finfo(torch.double).tiny)  # of equal classes: rank 1
         return float(torch.special.entr(ratios).sum().exp())
 
 

@@ -47,7 +47,7 @@ seeds; scored on real test images. Whoever chooses among sets by these scores ha
 {{ utility }}
 <h2>How alike are the images?</h2>
 <p>Features of {{ about.network }}, compared with half of the real images that nobody trained on. The other half stands
-beside it: a perfect generator would have its numbers.</p>
+next to it: a perfect generator would have its numbers.</p>
 {{ likeness }}
 <img alt="Images of each class, real and of this set" src="{{ pictures.rows }}">
 <h2>Are the labels right?</h2>

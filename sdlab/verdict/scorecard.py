@@ -1,7 +1,7 @@
 """Any labelled images, and the real ones that they stand for -> one scorecard: use, likeness, labels, copies, balance.
 
 Likeness is measured to half of the real images that nobody trained on (validation and test), in the features of a named
-network. The other half stands beside it: a perfect generator would have its numbers. (Not the training images: the judge
+network. The other half stands next to it: a perfect generator would have its numbers. (Not the training images: the judge
 has seen them.)
 """
 
