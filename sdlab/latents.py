@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from sdlab.base_models import BaseModel
 from sdlab.cluster.executors import InThisProcess
-from sdlab.data.images import ImageDataset, Split, TrainingImages
+from sdlab.data.images import ImageDataset, Split, TrainingImages, spread
 from sdlab.data.npz import read_arrays
 from sdlab.data.pixels import to_model, to_uint8
 from sdlab.devices import raise_on_oom
@@ -89,7 +89,7 @@ def resizing_error(data: ImageDataset, base_size: int, resizing: str = "bilinear
     Resizing is exact at equal sizes. It blurs most just above, and less from four times the size on.
     """
     count = len(data.train)
-    indices = np.linspace(0, count - 1, min(images, count)).astype(int)
+    indices = spread(count, images)
     batches = [indices[i : i + ENCODE_BATCH] for i in range(0, len(indices), ENCODE_BATCH)]
     at_base_size = (to_model(data.training_images(batch, base_size), base_size, resizing) for batch in batches)
     resized = np.concatenate([to_uint8(batch, data.image_size, resizing) for batch in at_base_size])

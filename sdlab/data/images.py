@@ -35,6 +35,11 @@ class Split:
         return sha256_of_arrays(self.images, self.labels)
 
 
+def spread(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` indices, evenly spread over all."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int)
+
+
 def sha256_of_arrays(*arrays: np.ndarray) -> str:
     sha = hashlib.sha256()
     for array in arrays:

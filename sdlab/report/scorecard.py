@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sdlab.data.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split, spread
 from sdlab.report import samples
 from sdlab.report.figures import ABOVE
-from sdlab.report.verdict import signed
+from sdlab.report.verdict import compared
 from sdlab.verdict.intervals import Difference
 
 SHOWN = {
@@ -74,16 +74,13 @@ def scorecard_sentences(card: Mapping) -> list[str]:
     """What a reader has to know: use, labels and variety, copies."""
     use, labels, copies = card["utility"], card["labels"], card["copies"]
     found = Difference(**use["difference"])
-    points = 100 * found.mean
-    where = "level with" if abs(points) < 0.05 else f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
     few = ""
     if found.seeds < 3:
         few = f" ({found.seeds} classifier{'s' * (found.seeds > 1)} each are too few for such an interval: `classifier_seeds`)"
-    told = "; the difference may be chance" if found.low <= 0 <= found.high else ""
     said = [
-        f"A classifier trained on it is {where} one trained on the real images (95 % CI {signed(found.low)} to "
-        f"{signed(found.high)}{told}){few}: {100 * use['made']['mean']:.1f} % and {100 * use['real']['mean']:.1f} % of {found.images:,} real "
-        f"test images; always answering the most frequent class scores {100 * use['majority']:.1f} %."
+        f"A classifier trained on it is {compared(found, 'one trained on the real images')}{few}: "
+        f"{100 * use['made']['mean']:.1f} % and {100 * use['real']['mean']:.1f} % of {found.images:,} real test images; always "
+        f"answering the most frequent class scores {100 * use['majority']:.1f} %."
     ]
     if labels["collapse"]:
         said.append(f"The generator may have collapsed: {'; '.join(labels['collapse'])}.")
@@ -140,7 +137,7 @@ def scorecard_page(card: Mapping, made: Split, real: ImageDataset) -> str:
 
 def beginning(made: Split, count: int = 2000) -> Split:
     """Some images of every class, evenly spread over the set."""
-    rows = np.linspace(0, len(made) - 1, min(count, len(made))).astype(int)
+    rows = spread(len(made), count)
     return Split(made.images[rows], made.labels[rows])
 
 

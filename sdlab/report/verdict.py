@@ -30,15 +30,20 @@ def differences(verdict: Mapping) -> list[tuple[str, str, Difference]]:
 def difference_sentence(verdict: Mapping, second: str, first: str) -> str:
     """Such as: x4 is 1.2 points below real (95 % CI -2.0 to -0.4)."""
     (found,) = (d for s, f, d in differences(verdict) if (s, f) == (second, first))
-    arms, points = verdict["arms"], 100 * found.mean
+    arms = verdict["arms"]
+    return f"{arms[second]['title']} is {compared(found, arms[first]['title'])}."
+
+
+def compared(found: Difference, first: str) -> str:
+    """Such as: 1.2 points below real (95 % CI -2.0 to -0.4)."""
+    points, may_be_none = 100 * found.mean, found.low <= 0 <= found.high
     where = (
         "level with"
-        if abs(points) < 0.05 and found.low <= 0 <= found.high
+        if abs(points) < 0.05 and may_be_none
         else f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
     )
-    told = "; the difference may be chance" if found.low <= 0 <= found.high else ""
-    interval = f"{100 * found.level:.0f} % CI {signed(found.low)} to {signed(found.high)}"
-    return f"{arms[second]['title']} is {where} {arms[first]['title']} ({interval}{told})."
+    told = "; the difference may be chance" * may_be_none
+    return f"{where} {first} ({100 * found.level:.0f} % CI {signed(found.low)} to {signed(found.high)}{told})"
 
 
 def signed(share: float) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from sdlab.data.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split, spread
 from sdlab.devices import raise_on_oom
 from sdlab.generation import generate_images, plan_generation
 from sdlab.metrics import score_predictions
@@ -117,7 +117,7 @@ def sample_some(run: Run, config: SamplingConfig) -> Split:
     """Images as a set would have them, in batches that are no larger than its shards."""
     classes = run.data.num_classes
     count = judged_images(classes)
-    labels = np.arange(count) % classes if count >= classes else np.linspace(0, classes - 1, count).astype(int)
+    labels = np.arange(count) % classes if count >= classes else spread(classes, count)
     plan = plan_generation(run, config, derive_seed(run.settings.seed, "collapse"), labels.tolist())
     pipeline, size = load_pipeline(run, config), min(BATCH, run.settings.shard_size)
     with raise_on_oom(
@@ -183,6 +183,6 @@ def spread_in_class(judge: Judge, split: Split, label: int, each: int) -> float:
     rows = np.flatnonzero(split.labels == label)
     if len(rows) < 2:
         return math.nan
-    rows = rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
+    rows = rows[spread(len(rows), each)]
     features = judge.features(split.images[rows])
     return float(np.linalg.norm(features[:, None] - features, axis=2)[np.triu_indices(len(features), 1)].mean())

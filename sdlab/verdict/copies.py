@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 from sklearn.metrics import pairwise_distances_argmin_min
 
-from sdlab.data.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split, spread
 
 NEAR, AT_LEAST = 0.01, 10  # an image is near if so few held-out real ones are as near: this share, or so many of a few
 MOST = 2000  # generated and held-out images whose neighbours are looked for
@@ -24,7 +24,7 @@ def find_copies(made: Split, data: ImageDataset) -> dict:
         sum(counts[name] for name in {digest(image) for image in images}) for images in (of_training, held_out)
     )
     flat = flatten(of_training)
-    to_train, real = (nearest(spread(images), flat) for images in (made.images, held_out))
+    to_train, real = (nearest(images[spread(len(images), MOST)], flat) for images in (made.images, held_out))
     expected = min(max(NEAR, AT_LEAST / len(real)), 0.5)
     limit = float(np.quantile(real, expected))
     return dict(
@@ -42,11 +42,6 @@ def find_copies(made: Split, data: ImageDataset) -> dict:
 
 def digest(image: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-
-
-def spread(images: np.ndarray) -> np.ndarray:
-    """At most `MOST` images, evenly spread over all."""
-    return images[np.linspace(0, len(images) - 1, min(MOST, len(images))).astype(int)]
 
 
 def flatten(images: np.ndarray) -> np.ndarray:

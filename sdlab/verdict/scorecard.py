@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from sdlab.classifier import ClassifierRecipe
-from sdlab.data.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split, spread
 from sdlab.errors import BadInput
 from sdlab.evaluation import classifier_seeds, train_and_score_classifiers
 from sdlab.metrics import further_scores, summarize
@@ -46,7 +46,7 @@ def score_set(
     reference, others = held_out[mixed[::2]][:FEATURES], held_out[mixed[1::2]][:FEATURES]
     features = network or scaled(judge.features, held_out[:FEATURES])
     # As many of both: neighbourhoods shrink as sets grow.
-    compared = {"this set": some(made.images, len(others)), "other real images": others[: len(made)]}
+    compared = {"this set": made.images[spread(len(made), len(others))], "other real images": others[: len(made)]}
     reference = features(reference)
     alarm = judge_images(judge, made, data)
     return dict(
@@ -80,11 +80,6 @@ def check_enough(name: str, images: int, data: ImageDataset) -> None:
     for what, count in ((name, images), (f"validation and test of {data.name}", len(data.val) + len(data.test))):
         if count < FEWEST:
             raise BadInput(f"{what} has {count} images: at least {FEWEST} are needed for a scorecard.")
-
-
-def some(images: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` images, evenly spread over all."""
-    return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
 
 
 def scaled(features: Callable, images: np.ndarray) -> Callable:
