@@ -72,9 +72,8 @@ def inception_features(weights: str, device: str) -> Callable[[np.ndarray], np.n
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
-        torch.load(
-            weights, map_location="cpu", weights_only=True
-        )  # runs no code, as torch-fidelity's own loading might
+        # Tensors only, before torch-fidelity reads the file and would run what it holds.
+        torch.load(weights, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
     except Exception as error:  # whatever the file holds
         raise BadInput(

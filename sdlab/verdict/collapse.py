@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 from sdlab.data.images import ImageDataset, Split, spread
 from sdlab.devices import raise_on_oom
@@ -134,6 +133,8 @@ def judged_images(classes: int) -> int:
 
 def judge_images(judge: Judge, made: Split, data: ImageDataset, table: "ClassTable | None" = None) -> Alarm:
     """Alarm signs of labelled images; those of the encoder only with its table."""
+    from scipy import stats  # is slow to import
+
     classes, real = data.num_classes, score_predictions(judge.logits(data.val.images), data.val.labels)
     answers = judge.logits(made.images).argmax(1)
     right = int((answers == made.labels).sum())

@@ -17,7 +17,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 POPULATIONS = {
     True: "over new test images and new classifier seeds",
@@ -47,6 +46,8 @@ def paired_difference(second: np.ndarray, first: np.ndarray, level: float = 0.95
     """The mean of `second` minus that of `first`, bool (S, n) each: answers of S classifiers to the same n images, right or
     wrong, in pairs of seeds. With one seed it speaks about new images only.
     """
+    from scipy import stats  # is slow to import
+
     answers = second.astype(float) - first.astype(float)
     seeds, images = answers.shape
     mean = float(answers.mean())

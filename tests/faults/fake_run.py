@@ -55,7 +55,7 @@ def write_run(settings: Settings) -> Path:
             seconds=1.0,
             finished="2026-01-01T00:00:01+00:00",
             outputs={path.relative_to(folder).as_posix(): FileHash.of(path) for path in outputs},
-            side_outputs={"settings.yaml": FileHash.of(folder / "settings.yaml")} if number == "07" else {},
+            side_outputs={"settings.yaml": FileHash.of(folder / "settings.yaml")} if number == max(STAGES) else {},
         )
         write_record(settings, record)
     notebook = folder / "notebooks" / "07_paper_tables.ipynb"

@@ -44,6 +44,7 @@ from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.files import read_hashed_json, sha256_of_file, sha256_of_json
 from sdlab.runs.resume_states import TrainingPosition, load_resume_state, save_resume_state
 from sdlab.runs.shards import read_shards
+from sdlab.runs.stages import STAGES
 from sdlab.runs.verify import is_resume_state_intact, verify
 from sdlab.settings import Settings
 
@@ -298,7 +299,7 @@ class Target:
         return self.sealed(self.set / "manifest.json", rng, lambda: list(read_shards(self.set, 8)))
 
     def record(self, rng):
-        path = self.run / "records" / f"0{rng.randrange(8)}.json"
+        path = self.run / "records" / f"{rng.choice(list(STAGES))}.json"
         return self.sealed(path, rng, lambda: (read_hashed_json(path), verify(self.settings)))
 
     def sealed(self, path, rng, read):
