@@ -9,6 +9,8 @@ purpose                         what it seeds
 "classifier", "search classifier", "finalist classifier"   weights and batches of classifier i
 "judge"                         weights and batches of the judge, which is trained on real images
 "collapse"                      noise of the images that are looked at for an early alarm
+"audit", "coins"                which training images an audit leaves out
+"audit", "set" or "noise"       noise of an audit's sets, and of its attacks on a model
 (a classifier's seed), "augmentation"   the shifts and flips of its images
 """
 

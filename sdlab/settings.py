@@ -160,6 +160,13 @@ class Settings:
         choices=("none", "shifts", "flips_and_shifts"),
     )  # fmt: skip
     ordered_classes: bool = setting(False, "08", "the classes are grades: adds quadratic kappa")
+    privacy_limit: float = setting(
+        0.05,
+        "",
+        "export refuses above it: share found by an audit's attack that accuses 1 % of others",
+        low=0.0,
+        high=1.0,
+    )
 
     # ------------------------------------------------------------------------------------------- reading
 

@@ -19,7 +19,7 @@ from sdlab.data.datasets import dataset_facts
 from sdlab.paths import PARAMS, PROJECT_ROOT
 from sdlab.report.paper import DATASETS
 from sdlab.runs.files import read_json
-from sdlab.runs.stages import STAGES, stage_state
+from sdlab.runs.stages import PIPELINE, STAGES, stage_state
 from sdlab.settings import Settings
 from sdlab.tools import measuring
 from sdlab.tools.planning import workload
@@ -72,7 +72,7 @@ def test_every_parameter_file_runs_all_notebooks(name, tmp_path, monkeypatch, ba
     precision = {"pathmnist": "bfloat16", "dermamnist": "float16"}.get(name, "auto")
     settings = Settings.from_file(PARAMS / f"{name}.yaml", **smoke(tmp_path, base_model, precision=precision))
     run_all(settings, tmp_path)
-    assert [stage_state(settings, number).state for number in STAGES] == ["done"] * len(STAGES)
+    assert [stage_state(settings, number).state for number in PIPELINE] == ["done"] * len(PIPELINE)
     first = pd.read_csv(settings.report_folder / "table_1.csv")
     assert set(first.protocol) == {"sealed" if name.endswith("-tiny") else "paper"} and set(first.dataset) == {dataset}
     assert (first.cas - first.paper - first.difference).abs().max() < 1e-3 and first.paper.notna().all()
@@ -108,7 +108,7 @@ def test_a_folder_of_your_own_runs_all_notebooks(tmp_path, base_folder):
     mine = dict(experiment="mine", dataset=str(folder), image_size=28)
     settings = Settings.from_mapping(smoke(tmp_path, base_folder) | mine)
     run_all(settings, tmp_path)
-    assert [stage_state(settings, number).state for number in STAGES] == ["done"] * len(STAGES)
+    assert [stage_state(settings, number).state for number in PIPELINE] == ["done"] * len(PIPELINE)
     assert (settings.run_folder / "data" / "splits.csv").exists()
     text = (settings.report_folder / "table_2.md").read_text()
     assert re.search(r"\| pets +\| mine", text) and str(tmp_path) not in text

@@ -25,7 +25,7 @@ from sdlab.runs.files import read_hashed_json, read_json, write_hashed_json, wri
 from sdlab.runs.parameters import parameter_file
 from sdlab.runs.records import OlderRun, read_record, record_path
 from sdlab.runs.run import Run
-from sdlab.runs.stages import STAGES, Reason, State, check_stage, stage_state
+from sdlab.runs.stages import PIPELINE, STAGES, Reason, State, check_stage, stage_state
 from sdlab.runs.storage import check_storage, sqlite_file, storage_url
 from sdlab.runs.studies import open_study, rename_study
 from sdlab.runs.verify import verify
@@ -53,7 +53,7 @@ def finish_stages(settings, last="08", data=None, base=None):
 
 
 def states(settings):
-    return [stage_state(settings, number).state for number in STAGES]
+    return [stage_state(settings, number).state for number in PIPELINE]
 
 
 def invoke(*arguments):
@@ -247,11 +247,11 @@ def test_a_data_set_that_was_moved_is_the_same(own, tmp_path):
     settings, folder = own
     moved = dataclasses.replace(settings, dataset=str(shutil.copytree(folder, tmp_path / "copied")))
     shutil.rmtree(folder)
-    assert states(moved) == [State.DONE] * len(STAGES) and verify(moved)[0] == []
+    assert states(moved) == [State.DONE] * len(PIPELINE) and verify(moved)[0] == []
     assert Run(moved, "01_class_encoder", load_dataset(moved)).finished
     (next((tmp_path / "copied").rglob("*.png"))).unlink()
     other = dataclasses.replace(moved, num_threads=2)  # asked again, as by another process
-    assert states(other) == [State.STALE] * len(STAGES) and "dataset" in stage_state(other, "00").why
+    assert states(other) == [State.STALE] * len(PIPELINE) and "dataset" in stage_state(other, "00").why
 
 
 def test_finished_results_open_without_their_data(own, tmp_path, monkeypatch):
@@ -264,10 +264,10 @@ def test_finished_results_open_without_their_data(own, tmp_path, monkeypatch):
     for path in (folder, "/mnt/nothing/here"):
         gone = dataclasses.replace(settings, dataset=str(path))
         (tmp_path / "given.yaml").write_text(yaml.safe_dump(gone.as_dict()))
-        assert invoke("status", tmp_path / "given.yaml").output.count(" done ") == len(STAGES)
+        assert invoke("status", tmp_path / "given.yaml").output.count(" done ") == len(PIPELINE)
         assert invoke("verify", tmp_path / "given.yaml").exit_code == 0
         done = invoke("run", tmp_path / "given.yaml")
-        assert done.exit_code == 0 and done.output.count("finished before, skipped") == len(STAGES)
+        assert done.exit_code == 0 and done.output.count("finished before, skipped") == len(PIPELINE)
         assert all(Run(gone, STAGES[number].stem).finished for number in ("06", "07", "08"))
         refused = invoke("run", tmp_path / "given.yaml", "--redo", "05")
         assert refused.exit_code == 1 and "neither a known name nor a path that exists" in refused.output

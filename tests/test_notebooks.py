@@ -16,7 +16,7 @@ from conftest import BIN, ENVIRONMENT, command
 
 from sdlab.paths import PROJECT_ROOT
 from sdlab.runs.locks import Lock
-from sdlab.runs.stages import STAGES, State, stage_state
+from sdlab.runs.stages import PIPELINE, State, stage_state
 from sdlab.settings import Settings
 
 
@@ -64,7 +64,7 @@ def test_bad_parameters_through_plain_papermill(tmp_path, parameters, said):
 
 def test_the_whole_pipeline_runs_and_prints_its_tables(finished):
     world, done = finished
-    assert [stage_state(settings_of(world), n).state for n in STAGES] == [State.DONE] * len(STAGES)
+    assert [stage_state(settings_of(world), n).state for n in PIPELINE] == [State.DONE] * len(PIPELINE)
     assert "Table 1" in done.stdout and "Table 2" in done.stdout and "9 notebooks in" in done.stdout
     assert "Figures:" in done.stdout and "figure_1.png" in done.stdout
     assert "Traceback" not in done.stderr

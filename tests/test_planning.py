@@ -1,6 +1,7 @@
 """The plan: its counts are what the notebooks do, its times are timed, and it warns before the spend."""
 
 import dataclasses
+import math
 import shutil
 import time
 
@@ -22,7 +23,7 @@ from sdlab.runs.files import write_hashed_json, write_json
 from sdlab.settings import Settings
 from sdlab.tools import measuring, planning
 from sdlab.tools.measuring import Costs, load_without_weights, measure, time_batches
-from sdlab.tools.planning import Work, make_plan, simulate_pruning, warnings, workload
+from sdlab.tools.planning import Work, audit_work, classifier_work, make_plan, simulate_pruning, warnings, workload
 
 FACTS = DatasetFacts(train=48, val=24, test=30, num_classes=3, image_size=8)
 
@@ -220,6 +221,15 @@ def test_it_warns_when_disk_or_memory_will_not_do(settings):
     assert memory.startswith("Memory: 03_fine_tuning needs about 1000000.0 GB") and "`shard_size`" in memory
 
 
+def test_an_audit_is_both_trainings_on_half_and_a_set_at_four_epochs(settings):
+    s = dataclasses.replace(settings, unet_epochs=8, scaling_max=3)
+    work, most = audit_work(s, FACTS), audit_work(s, FACTS, most=True)
+    half = FACTS.train // 2
+    assert work["unet steps"] == 8 * math.ceil(half / s.unet_batch_size)
+    assert (work["images"], most["images"]) == (4 * 2 * half, 4 * 3 * half)
+    assert work["cell validations"] == 4 * classifier_work(s, FACTS, 1)["cell validations"]
+
+
 def test_plan_and_actual_stand_side_by_side(settings):
     made = make_plan(settings, FACTS)
     assert list(made["rows"]) == ["00", "01", "02", "03", "04", "05", "08"] and made["base_model_is_here"]
@@ -233,7 +243,9 @@ def test_plan_and_actual_stand_side_by_side(settings):
     table = plan_table(made, measured_costs(settings)).set_index("notebook")
     assert table.loc["01_class_encoder", "took"] == "1.5 min" and table.loc["01_class_encoder", "disk used"] == "3 MB"
     assert table.loc["02_first_search", "took"] == "" and table.loc["all", "took"] == "3.0 min"
-    assert made["device"] in plan_sentences(made)[0]
+    assert made["device"] in plan_sentences(made)[0] and any(
+        "An audit" in sentence for sentence in plan_sentences(made)
+    )
     assert (
         measured_costs(dataclasses.replace(settings, image_size=9)) == {}
     )  # taken with other settings: not this experiment's

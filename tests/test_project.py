@@ -33,10 +33,11 @@ runs.shards seeds settings classifier data.downloads data.model_files data.own_n
 report.reference runs.experiment runs.records runs.storage schedulers cluster.torchrun data.model_configs
 data.named_datasets data.saved_images runs.studies sampling_config base_models data.own_images generation
 cluster.worker data.datasets runs.trainings cluster.dask_cluster runs.stages report.costs report.tables runs.aside
-runs.export runs.releases runs.verify tools.execution report.remarks runs.run tools.repair latents report.printing
+runs.privacy runs.export runs.releases runs.verify tools.execution report.remarks runs.run tools.repair latents report.printing
 evaluation search training verdict.intervals report.verdict verdict.controls verdict.judge verdict.collapse verdict.copies
-verdict.fidelity verdict.any_set verdict.scorecard report.scorecard cluster.training_process tools.measuring tools.planning tools.fan_out tools.released_sets
-tools.scoring tools.cli
+verdict.fidelity verdict.any_set verdict.scorecard report.scorecard verdict.attacks verdict.exposure verdict.audit
+report.audit cluster.training_process tools.measuring tools.planning tools.fan_out
+tools.released_sets tools.scoring tools.cli
 """.split()  # noqa: SIM905
 
 

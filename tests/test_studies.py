@@ -16,6 +16,7 @@ from sdlab.report.reference import REFERENCE
 from sdlab.settings import Settings
 
 sys.path.insert(0, str(PROJECT_ROOT / "scripts"))
+import ablate_protocol
 import join_reference
 import score_points
 import study_searches as script
@@ -124,3 +125,56 @@ def test_the_committed_join_is_of_the_committed_runs(tmp_path, monkeypatch):
     join_reference.main()
     made = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.suffix != ".png"}
     assert made == {path.name: path.read_bytes() for path in (REFERENCE / "all").iterdir() if path.suffix != ".png"}
+
+
+# ------------------------------------------------------------------------------------------- what the paper's protocol flatters
+
+
+def answers(accuracies, classifiers=4, images=400, seed=0):
+    """Right answers, (candidates, classifiers, n): images are equally hard for all."""
+    chance = np.broadcast_to(np.array(accuracies)[:, None, None], (len(accuracies), classifiers, images))
+    return np.random.default_rng(seed).random(chance.shape) < chance
+
+
+def mean_flattery(answers_of_seed, val, seeds=60):
+    found = [ablate_protocol.flattery(answers_of_seed(s), np.array(val), 50, s).mean() for s in range(seeds)]
+    return pd.DataFrame(found).mean()
+
+
+def test_choosing_among_equals_flatters_as_much_as_the_luckiest_of_them():
+    """Ten equal sets, two classifiers to choose by and 200 images: the best of ten means, about 1.54 standard errors up."""
+    found = mean_flattery(lambda s: answers([0.8] * 10, seed=s), np.zeros((10, 4)))
+    expected = 100 * 1.54 * (0.8 * 0.2 / (200 * 2)) ** 0.5
+    assert found.printed - found.honest == pytest.approx(expected, rel=0.2)
+    assert found.honest == pytest.approx(80, abs=0.5) and found.sealed == pytest.approx(80, abs=0.5)
+    # Here nothing ties the images' luck to other classifiers: scored by these, all of it is gone.
+    assert found["others, same images"] == pytest.approx(80, abs=0.5)
+
+
+def test_hard_images_flatter_other_classifiers_too():
+    """Each set suits other images, whoever is trained on it: another classifier on the same test images does not help."""
+
+    def suited(seed):
+        chance = np.clip(0.8 + 0.4 * np.random.default_rng([seed, 1]).normal(size=(10, 1, 400)), 0, 1)
+        return np.random.default_rng(seed).random((10, 4, 400)) < chance
+
+    found = mean_flattery(suited, np.zeros((10, 4)))
+    assert found["others, same images"] - found.honest > 0.5 * (found.printed - found.honest) > 0.5
+
+
+def test_a_clear_winner_is_not_flattered():
+    found = mean_flattery(lambda s: answers([0.5, 0.9, 0.6], seed=s), np.repeat([[0.5], [0.9], [0.6]], 4, axis=1))
+    assert abs(found.printed - found.honest) < 0.5 and found.honest == found.sealed  # both find the winner
+
+
+def test_lucky_classifiers_flatter_the_search_and_not_what_is_scored_again():
+    levels = lambda seed: 0.8 + 0.05 * np.random.default_rng([seed, 2]).normal(size=(8, 4, 1))  # noqa: E731
+    found = mean_flattery(lambda s: np.random.default_rng(s).random((8, 4, 400)) < levels(s), np.zeros((8, 4)))
+    assert found.printed - found.honest > 4 and abs(found["others, same images"] - found.honest) < 1
+
+
+def test_the_ablation_reads_a_finished_run(finished):
+    world, _ = finished
+    said = CliRunner().invoke(ablate_protocol.main, [str(world / "smoke.yaml"), "--halves", "20"])
+    assert said.exit_code == 0, said.output
+    assert "250 test images to choose by" in said.output and "size of the set (2 sizes)" in said.output

@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdlab.runs.files import read_json
 from sdlab.runs.records import read_record
-from sdlab.runs.stages import STAGES, settings_differences
+from sdlab.runs.stages import PIPELINE, settings_differences
 from sdlab.settings import Settings
 
 
@@ -37,7 +37,7 @@ def planned_settings(settings: Settings) -> dict:
 def measured_costs(settings: Settings) -> dict[str, dict]:
     """The costs of notebooks that were finished with these settings, by number: hours, gigabytes left on disk, peak memory (GB)."""
     costs, before = {}, 0
-    for number in STAGES:
+    for number in PIPELINE:
         record = read_record(settings, number)
         if record is None or not record.finished or settings_differences(settings, number, record):
             break
@@ -99,5 +99,10 @@ def plan_sentences(plan: Mapping) -> list[str]:
         "most: the highest IS, no pruning. Classifiers run to their last epoch. Starting a notebook (some seconds) is not counted.",
         f"Disk: {format_gigabytes(plan['disk_peak_gb'])} at the peak, while a new resume state is written before the old one "
         f"is removed{fetched if plan['fetched_gb'] else ''}.",
+        *(
+            [f"An audit (`sdlab audit`, on request) would take {format_hours(plan['audit_hours'])}."]
+            if "audit_hours" in plan
+            else []
+        ),
         *(f"WARNING {warning}" for warning in plan["warnings"]),
     ]

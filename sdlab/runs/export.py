@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput, brief
 from sdlab.runs.files import atomic_write, check_free_space, read_json, write_json
+from sdlab.runs.privacy import NOT_AUDITED, check_privacy, privacy_of
 from sdlab.runs.shards import read_shards
 from sdlab.runs.stages import STAGES, State, stage_state
 from sdlab.settings import Settings
@@ -28,8 +29,8 @@ def export_set(settings: Settings, target: Path, images: int | None = None, prog
     `target` is a new folder (`000_name/000000.png`, one subfolder a class, readable as torchvision's ImageFolder; and
     `set.json`), or a new file ending in .npz (`train_images` (n, h, w, 3) uint8, `train_labels` (n, 1), and `about`).
 
-    Raises `BadInput` if `target` exists, if notebook 05 is not finished, for more images than it made, for a damaged
-    shard, and for a full disk.
+    Raises `BadInput` if `target` exists, if notebook 05 is not finished, for more images than it made, for a set whose audit
+    found more than `privacy_limit` allows, for a damaged shard, and for a full disk.
     """
     if (state := stage_state(settings, "05").state) != State.DONE:
         raise BadInput(
@@ -37,6 +38,9 @@ def export_set(settings: Settings, target: Path, images: int | None = None, prog
             f"(`sdlab run {settings.experiment}`)."
         )
     about = description(settings, images)
+    check_privacy(about["privacy"], ("set",), settings.privacy_limit)
+    if about["images"] > about["chosen"]["images"] and not isinstance(about["privacy"], str):
+        about["privacy"] = f"{NOT_AUDITED} at this size: larger sets expose more than the chosen one, which was"
     return write_set(settings.run_folder / "synthetic" / about["synthetic"], about, target, progress)
 
 
@@ -95,6 +99,7 @@ def description(settings: Settings, images: int | None) -> dict:
         synthetic=pool["synthetic"],
         config=pool["config"],
         chosen=dict(images=chosen["images"], protocol=scaling["protocol"], test_accuracy=scores),
+        privacy=privacy_of(settings),
     )
 
 

@@ -101,7 +101,10 @@ class Run(Experiment):
     @property
     def work_folder(self) -> Path | None:
         """Results of an unfinished stage so far, for a resumed run; None once it is finished."""
-        return None if self.finished else self.folder / "begun"
+        if self.finished:
+            return None
+        # Other stages finish in between, and remove theirs.
+        return self.folder / ("audit/begun" if self.stage.on_request else "begun")
 
     def check_inputs(self) -> None:
         """Raises `BadInput` if the data set or the base model changed since stage 00."""

@@ -19,6 +19,7 @@ class Stage:
     number: str
     name: str
     upstream: tuple[str, ...]
+    on_request: bool = False  # not a part of `sdlab run`
 
     @property
     def stem(self) -> str:
@@ -37,8 +38,10 @@ STAGES = {
         Stage("06", "importance", ("02", "04")),
         Stage("07", "paper_tables", ("05", "06")),
         Stage("08", "verdict", ("05",)),
+        Stage("09", "audit", ("05",), on_request=True),
     )
 }
+PIPELINE = tuple(number for number, stage in STAGES.items() if not stage.on_request)
 # Files that a stage writes, finished or not, besides its record and its executed copy.
 WRITES = {
     "00": ("data", "judge", "metrics/data.json", "metrics/plan.json", "metrics/ceiling.json"),
@@ -50,9 +53,10 @@ WRITES = {
     "06": ("metrics/importance.json",),
     "07": ("metrics/tables.json",),
     "08": ("metrics/verdict.json",),
+    "09": ("metrics/audit.json", "audit"),
 }
 SEARCHES = {"02": "search_1", "04": "search_2"}  # of stages; `<search>_trials` is the setting that may be raised
-READS_IMAGES = ("00", "01", "02", "03", "04", "05", "08")  # the others read results only
+READS_IMAGES = ("00", "01", "02", "03", "04", "05", "08", "09")  # the others read results only
 INPUTS = {"dataset": "data", "base_model": "base_model"}  # settings that may be paths -> keys of `StageRecord.inputs`
 
 

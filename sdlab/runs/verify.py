@@ -27,7 +27,15 @@ from sdlab.runs.files import (
 from sdlab.runs.records import FileHash, OlderRun, StageRecord, read_record, record_digest
 from sdlab.runs.resume_states import is_resume_state_intact
 from sdlab.runs.shards import read_manifest, shard_path
-from sdlab.runs.stages import SEARCHES, STAGES, WRITES, describe_changes, is_search_extended, settings_differences
+from sdlab.runs.stages import (
+    PIPELINE,
+    SEARCHES,
+    STAGES,
+    WRITES,
+    describe_changes,
+    is_search_extended,
+    settings_differences,
+)
 from sdlab.runs.storage import exported_trial, sqlite_file, stored_trials
 from sdlab.settings import Settings
 
@@ -118,7 +126,7 @@ class Checks:
 
     @property
     def unfinished(self) -> bool:
-        return len(self.records) < len(STAGES) or not all(record.finished for record in self.records.values())
+        return not self.records.keys() >= {*PIPELINE} or not all(record.finished for record in self.records.values())
 
     def name(self, path: Path | str) -> str:
         return path if isinstance(path, str) else path.relative_to(self.folder).as_posix()

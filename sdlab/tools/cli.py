@@ -24,7 +24,7 @@ from sdlab.paths import project_path, relative_to_project
 from sdlab.runs import records
 from sdlab.runs.files import atomic_write, cannot_write, folder_size, read_json, write_errno
 from sdlab.runs.parameters import from_yaml, parameter_file, read_parameters
-from sdlab.runs.stages import READS_IMAGES, STAGES, State, check_stage, downstream_stages, stage_state
+from sdlab.runs.stages import PIPELINE, READS_IMAGES, STAGES, State, check_stage, downstream_stages, stage_state
 from sdlab.settings import Settings
 from sdlab.tools.execution import exclusive_command, execute_notebook
 
@@ -116,7 +116,7 @@ def as_typed(settings: Settings) -> str:
 
 @cli.command()
 @with_settings
-@click.option("--until", default=max(STAGES), show_default=True, help="Last notebook to run, by number.")
+@click.option("--until", default=max(PIPELINE), show_default=True, help="Last notebook to run, by number.")
 @click.option(
     "--redo", metavar="NN", help="Run this notebook and those that read it again; their files are moved to aside/."
 )
@@ -133,6 +133,7 @@ def run(settings: Settings, until: str, redo: str | None, strict: bool, from_ref
     for name, number in (("until", until), ("redo", redo)):
         if number not in (None, *STAGES):
             raise BadInput(f"`--{name}` is {number!r}: notebooks are {', '.join(STAGES)}.")
+    until = max(until, redo) if redo and STAGES[redo].on_request else until
     # Finished results open without the data set.
     reading_images = [number for number in READS_IMAGES if number <= until]
     again = downstream_stages(redo) if redo else ()
@@ -146,7 +147,14 @@ def run(settings: Settings, until: str, redo: str | None, strict: bool, from_ref
             for number in sorted(STAGES.keys() - {*again}) if strict else ():
                 warn_of_collapse(settings, number, strict)  # before anything is moved
 
+            requested = [
+                n for n in downstream_stages(redo) if n > until and records.read_record(settings, n) is not None
+            ]
             move_stages_aside(settings, redo)
+            for number in requested:
+                click.echo(
+                    f"{STAGES[number].stem} was of the former run and was moved aside too: give its command again."
+                )
         for stage in STAGES.values():
             if stage.number > until:
                 break
@@ -173,6 +181,11 @@ def is_published(settings: Settings, number: str) -> bool:
 
         path, found = settings.report_folder / "verdict.md", read_json(settings.run_folder / "metrics" / "verdict.json")
         return path.exists() and path.read_text(encoding="utf-8") == verdict_page(found)
+    if number == "09":
+        from sdlab.report.audit import audit_page
+
+        path, found = settings.report_folder / "audit.md", read_json(settings.run_folder / "metrics" / "audit.json")
+        return path.exists() and path.read_text(encoding="utf-8") == audit_page(found)
     if number == "07":
         from sdlab.report.printing import tables_are_current  # pandas is slow to import
 
@@ -233,12 +246,27 @@ def show_verdict(settings: Settings) -> None:
 @with_settings
 def verdict(settings: Settings) -> None:
     """Is the chosen set as good as the real images, and how sure is that? Runs notebook 08 if it is not finished."""
-    if check_stage(settings, "08").state != State.DONE:
-        fetch_inputs(settings)
-        with exclusive_command(settings, "sdlab verdict"):
-            execute_notebook(settings, STAGES["08"])
-        publish(settings)
+    run_if_needed(settings, "08", "sdlab verdict")
     show_verdict(settings)
+
+
+def run_if_needed(settings: Settings, number: str, command: str) -> None:
+    """Run one notebook, unless it is finished."""
+    if check_stage(settings, number).state != State.DONE:
+        fetch_inputs(settings)
+        with exclusive_command(settings, command):
+            execute_notebook(settings, STAGES[number])
+        publish(settings)
+
+
+@cli.command()
+@with_settings
+def audit(settings: Settings) -> None:
+    """Whom does the chosen set expose, and whom the model? Runs notebook 09 if it is not finished: trains again, on half of the images."""
+    from sdlab.report.audit import audit_sentences
+
+    run_if_needed(settings, "09", "sdlab audit")
+    click.echo("\n".join(audit_sentences(read_json(settings.run_folder / "metrics" / "audit.json"))))
 
 
 @cli.command()
@@ -398,6 +426,7 @@ def dashboard(settings: Settings, port: int) -> None:
 def export(settings: Settings, target: Path, images: int | None, from_reference: bool) -> None:
     """Write the chosen synthetic set to TARGET: a folder of PNGs, one subfolder a class, or a file ending in .npz."""
     from sdlab.runs.export import check_target, export_set, write_set
+    from sdlab.runs.privacy import check_privacy, privacy_sentence
 
     if from_reference:
         from sdlab.tools.released_sets import make_released_set
@@ -405,10 +434,12 @@ def export(settings: Settings, target: Path, images: int | None, from_reference:
         check_target(target)
         folder, about, comparison = make_released_set(settings, images)
         click.echo(comparison)
+        check_privacy(about["privacy"], ("set",), settings.privacy_limit)
         about = write_set(folder, about, target)
     else:
         about = export_set(settings, target, images)
     click.echo(f"{target}: {about['images']} images of {len(about['classes'])} classes, {about['image_size']} px.")
+    click.echo(privacy_sentence(about["privacy"]))
 
 
 @cli.command("release")

@@ -30,6 +30,8 @@ from sdlab.sampling_config import SamplingConfig
 from sdlab.search import first_search_space, new_pruner
 from sdlab.settings import Settings
 from sdlab.tools.measuring import Costs, load_without_weights, measure
+from sdlab.verdict.attacks import DRAWS, TIMESTEPS
+from sdlab.verdict.audit import attacked_epochs
 from sdlab.verdict.collapse import judged_images
 
 GB = 1e9
@@ -99,6 +101,26 @@ def controls_of(s: Settings) -> int:
     """How many sets the verdict trains on that are not cells of Table 2: real + chosen, augmented, and where epochs are counted
     real images and their round trips, trained as long as the chosen set."""
     return 1 + (s.augmentation != "none") + (0 if s.classifier_train_steps else 2)
+
+
+def audit_work(s: Settings, facts: DatasetFacts, most: bool = False) -> Work:
+    """An audit, which is made on request: both trainings on half of the images, and at a few UNet epochs a set of the chosen size
+    of that half, classifiers, and attacks."""
+    half, epochs = facts.train // 2, len(attacked_epochs(s, s.unet_epochs))
+    images = half * (s.scaling_max if most else (1 + s.scaling_max) / 2)
+    passes = facts.train * len(TIMESTEPS) * ((1 + DRAWS) * epochs + 1 + DRAWS)
+    work = scaled(
+        generated(s, images, inference_steps(s, most)["optimum_2"]) + classifier_work(s, facts, images), epochs
+    )
+    work += Work(
+        {
+            "class_encoder steps": s.class_encoder_epochs * math.ceil(half / s.class_encoder_batch_size),
+            "unet steps": s.unet_epochs * math.ceil(half / s.unet_batch_size),
+            "shown passes": passes,
+            "encoded": epochs * (facts.train + images + facts.val),
+        }
+    )
+    return work
 
 
 def besides(s: Settings, facts: DatasetFacts, base: BaseModel, sizes: Mapping[str, int], most: bool) -> dict[str, Work]:
@@ -246,6 +268,7 @@ def make_plan(
         costs=dataclasses.asdict(costs),
     )
     made |= {name: sum(row[name] for row in rows.values()) for name in ("hours", "hours_at_most", "disk_gb")}
+    made["audit_hours"] = seconds(audit_work(settings, facts), costs) / 3600
     made["disk_peak_gb"] = made["disk_gb"] + 12 * costs.sizes["unet"] / GB + fetched
     return made | dict(warnings=[] if costs_file else warnings(settings, made, base.device))
 

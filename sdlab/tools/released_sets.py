@@ -9,6 +9,7 @@ from sdlab.errors import BadInput
 from sdlab.report.reference import REFERENCE
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.export import check_images
+from sdlab.runs.privacy import NOT_AUDITED
 from sdlab.runs.records import environment, environment_differences
 from sdlab.runs.releases import install
 from sdlab.settings import Settings
@@ -52,7 +53,7 @@ def make_released_set(here: Settings, images: int | None = None, whole: bool = F
         )
     made = generate(load_pipeline(run, config), plan, run.folder / "synthetic", count, run.progress, "pool")
     compared = comparison(made.manifest["shards"], release, environment(base))
-    return made.folder, release["about"] | dict(images=count), compared
+    return made.folder, dict(privacy=NOT_AUDITED) | release["about"] | dict(images=count), compared
 
 
 def comparison(shards: dict, release: dict, now: dict) -> str:

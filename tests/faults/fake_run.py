@@ -29,6 +29,7 @@ OUTPUTS = {
     "06": ("metrics/importance.json",),
     "07": ("metrics/tables.json",),
     "08": ("metrics/verdict.json",),
+    "09": ("metrics/audit.json",),
 }
 
 

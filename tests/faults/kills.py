@@ -28,7 +28,7 @@ from attempts import NUMBERS, attempt, before, content, differing, make_stages, 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 KINDS = ("shard", "trial", "step", "classifier", "latents")  # of work, as attempts.py writes it down
-WEIGHTS = (1, 3, 4, 3, 4, 4, 1, 1, 3)  # of the kills: where the work is
+WEIGHTS = (1, 3, 4, 3, 4, 4, 1, 1, 3, 4)  # of the kills: where the work is
 
 
 def killed_stage(folder: Path, index: int, stages: dict[str, dict]) -> dict:
