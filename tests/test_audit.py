@@ -403,7 +403,7 @@ def test_the_command_audits_a_finished_run_and_everything_follows(finished, tmp_
     assert (
         abs(found["members"] - found["others"]) < 120 and found["images"] == int(found["chosen"][1:]) * found["members"]
     )
-    assert [e["epoch"] for e in found["epochs"]] == [1, 2] and all(
+    assert [e["epoch"] for e in found["epochs"]] == [1, 2][: found["config"]["unet_epoch"]] and all(
         len(e["set"]) == 7 and len(e["model"]) == 3 for e in found["epochs"]
     )
     for epoch in found["epochs"]:
@@ -447,9 +447,6 @@ def test_the_command_audits_a_finished_run_and_everything_follows(finished, tmp_
     )
     assert allowed.returncode == 0 and "finds 60.0 %" in allowed.stdout
 
-    # Redoing something above it moves the audit aside, and says so.
-    redone = command(BIN / "sdlab", "run", world / "smoke.yaml", "--redo", "08", "--until", "08", *where)
-    assert redone.returncode == 0 and stage_state(settings, "09").state == State.DONE, redone.stderr
     redone = command(BIN / "sdlab", "run", world / "smoke.yaml", "--redo", "09", *where)
     assert redone.returncode == 0 and "09_audit" in redone.stdout and read_json(run / "metrics/audit.json") != found
     assert read_json(run / "metrics/audit.json")["epochs"] == json.loads(whole)["epochs"]

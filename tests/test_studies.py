@@ -177,4 +177,4 @@ def test_the_ablation_reads_a_finished_run(finished):
     world, _ = finished
     said = CliRunner().invoke(ablate_protocol.main, [str(world / "smoke.yaml"), "--halves", "20"])
     assert said.exit_code == 0, said.output
-    assert "250 test images to choose by" in said.output and "size of the set (2 sizes)" in said.output
+    assert "250 test images to choose by" in said.output and "size of the set, 2 candidates" in said.output

@@ -129,7 +129,7 @@ def plot_price(audit: Mapping) -> Figure:
         label = f"{TARGETS[target]} ({name})"
         bottom.errorbar(epochs, [f["auc"] for f in found], ends, marker="o", color=colour, capsize=3, label=label)
     bottom.axhline(0.5, color="black", lw=1.2)
-    bottom.set(ylabel="AUC of an attack", xlabel="UNet epoch (0.5 is guessing)")
+    bottom.set(ylabel="AUC of an attack\n(0.5 is guessing)", xlabel="UNet epoch")
     bottom.legend(fontsize=8)
     for ax in (top, bottom):
         ax.grid(alpha=0.3)
