@@ -10,7 +10,7 @@ honestly, too. With all test images, flattery by images is about 0.7 times as mu
 number.
 
 Classifiers are trained on the complete trials of the final search, and on x1 ... xk if notebook 05 has kept no answers.
-Nothing is saved.
+Nothing is saved; the test images are read, and no record is kept of it.
 """
 
 import tempfile

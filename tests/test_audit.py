@@ -311,22 +311,33 @@ def audited(settings, monkeypatch):
     return with_ends
 
 
-def test_the_card_has_the_strongest_attack_and_no_guarantee(audited):
+def test_the_card_has_the_strongest_attack_in_each_number_and_no_guarantee(audited):
     card = audited(0.03, 0.2)
-    assert card["set"]["attack"] == "all, calibrated" and card["set"]["tpr_low"] == 0.03
-    assert card["model"]["tpr_low"] == 0.2 and "no formal guarantee" in card["guarantee"]
-    assert "4.0 %" in privacy.privacy_sentence(card) and "no formal guarantee" in privacy.privacy_sentence(card)
+    assert card["set"]["tpr"] == dict(attack="all, calibrated", tpr=0.04, tpr_low=0.03, tpr_high=0.06, certain=0.012)
+    assert card["set"]["auc"] == dict(attack="pixels", auc=0.65, auc_low=0.6, auc_high=0.7)
+    assert card["model"]["tpr"]["tpr_low"] == 0.2 and "no formal guarantee" in card["guarantee"]
+    sentence = privacy.privacy_sentence(card)
+    assert "4.0 %" in sentence and "0.65" in sentence and "no formal guarantee" in sentence
 
 
 def test_a_release_above_the_limit_is_refused_and_only_that(audited):
-    card = audited(0.05, 0.2)
-    privacy.check_privacy(card, ("set",), 0.05)  # not above it
+    about = dict(privacy=audited(0.05, 0.2), images=10, chosen=dict(images=20))
+    assert privacy.check_release(about, ("set",), 0.05) == about  # not above it
     with pytest.raises(
         BadInput, match=r"this model tells who was trained on: 21\.0 % of them \(95 % CI from 20\.0 %\).*5 %"
     ):
-        privacy.check_privacy(card, ("set", "model"), 0.05)
-    privacy.check_privacy(card, ("set", "model"), 0.2)
-    privacy.check_privacy(privacy.NOT_AUDITED, ("set", "model"), 0.0)
+        privacy.check_release(about, ("set", "model"), 0.05)
+    assert privacy.check_release(about, ("set", "model"), 0.2) == about
+    for unknown in (dict(about, privacy=privacy.NOT_AUDITED), {k: v for k, v in about.items() if k != "privacy"}):
+        assert privacy.check_release(unknown, ("set", "model"), 0.0)["privacy"] == "not audited"
+
+
+def test_more_images_than_the_audited_size_are_not_audited_and_no_way_around_the_limit(audited):
+    about = dict(privacy=audited(0.05, 0.2), images=21, chosen=dict(images=20))
+    said = privacy.check_release(about, ("set",), 0.05)["privacy"]
+    assert said.startswith("not audited at this size") and "Not audited at this size" in privacy.privacy_sentence(said)
+    with pytest.raises(BadInput, match=r"whoever holds this set"):
+        privacy.check_release(about, ("set",), 0.04)
 
 
 @pytest.mark.parametrize("state", [State.STALE, State.BEGUN, State.NOT_RUN])
@@ -345,11 +356,14 @@ def test_a_damaged_audit_is_not_taken_for_none(audited):
 
 def test_the_sentences_say_what_was_found():
     sentences = report.audit_sentences(audit_with(0.03, 0.2))
-    assert sentences[0].startswith(
-        "Whoever holds the set: the strongest of 2 attacks (all, calibrated) finds 4.0 (3.0 to 6.0) %"
+    assert 'finds most ("all, calibrated") finds 4.0 (3.0 to 6.0) % of the images' in sentences[0]
+    assert (
+        'accuses 1 % of the others. The highest AUC is 0.650 (0.600 to 0.700) ("pixels"); 0.5 is guessing.'
+        in sentences[0]
     )
-    assert "accuses 1 % of the others" in sentences[0] and "Whoever holds the model" in sentences[1]
+    assert sentences[1].startswith("Whoever holds the model") and "psilon" not in sentences[1]  # nothing is shown of it
     assert "from UNet epoch 2 to 4" in sentences[2] and "No formal guarantee" in sentences[3]
+    assert "certainly accuses at most 1.2 % (set) and 1.2 % (model)" in sentences[4]
     assert any("50 validation images" in sentence for sentence in sentences)
     table = report.audit_table(audit_with(0.03, 0.2))
     assert list(table.index) == [
@@ -425,9 +439,7 @@ def test_the_command_audits_a_finished_run_and_everything_follows(finished, tmp_
     after = command(BIN / "sdlab", "export", world / "smoke.yaml", tmp_path / "audited", *where)
     assert after.returncode == 0 and "no formal guarantee" in after.stdout
     kept = json.loads((tmp_path / "audited" / "set.json").read_text())["privacy"]
-    assert kept["set"]["tpr_low"] < 0.05 and "no formal guarantee" in kept["guarantee"]
-    larger = command(BIN / "sdlab", "export", world / "smoke.yaml", tmp_path / "larger", "--images", 1500, *where)
-    assert larger.returncode == 0 and ("Not audited at this size" in larger.stdout) == (found["chosen"] == "x1")
+    assert kept["set"]["tpr"]["tpr_low"] < 0.05 and "no formal guarantee" in kept["guarantee"]
 
     # An audit that found half of those who were in.
     at_chosen = next(e for e in found["epochs"] if e["epoch"] == found["config"]["unet_epoch"])
@@ -463,7 +475,7 @@ def test_half_of_the_run_sees_the_members_alone(settings, data, base):
     assert dataclasses.asdict(half.settings) == dataclasses.asdict(settings)
 
 
-def test_an_interrupted_audit_keeps_what_it_has_while_other_stages_finish(finished, tmp_path):
+def test_an_interrupted_audit_keeps_what_it_has_while_other_stages_finish(finished, tmp_path, monkeypatch):
     """Killed after its trainings: another notebook is done, and nothing is trained again."""
     world, _ = finished
     shutil.copytree(world / "runs", tmp_path / "runs")
@@ -480,3 +492,19 @@ def test_an_interrupted_audit_keeps_what_it_has_while_other_stages_finish(finish
     assert redone.returncode == 0, redone.stderr
     assert before and {path: path.stat().st_mtime_ns for path in run.work_folder.rglob("*.safetensors")} == before
     assert stage_state(settings, "09").state == State.BEGUN and verify(settings)[0] == []
+
+    # Nothing is trained or compared again.
+    run = Run(settings, "09_audit", loaded, base)
+    half, moments = audit.half_of(run, members), encode_training_set(run)
+    audit.train_on(half, moments, members, audit.load_optimum(run, "search_2"))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    others = audit.Attack(half, run, moments).others
+    monkeypatch.setattr(audit, "class_distances", None)
+    again = audit.Attack(half, run, moments).others
+    assert others.keys() == {"pixels", "latents", "features"} and all(
+        np.array_equal(others[v], again[v]) for v in others
+    )
+    monkeypatch.setattr(audit, "DRAWS", 9)  # another code
+    with pytest.raises(TypeError):
+        audit.Attack(half, run, moments)
+    run.lock.release()

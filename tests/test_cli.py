@@ -209,12 +209,15 @@ def test_time_of_an_attempt_that_was_cut_counts(file):
     first = Run(settings, "00_data_and_base_model")
     started = first.record.opened_at
     first.lock.release()
-    write_json(settings.run_folder / "progress.json", dict(time=started + 100.0))
+    said = dict(time=started + 100.0, stage="00_data_and_base_model")
+    write_json(settings.run_folder / "progress.json", said)
     again = Run(settings, "00_data_and_base_model")
     assert again.record.seconds == pytest.approx(100.0)
     again.lock.release()
     finished = dataclasses.replace(again.record, finished="2026-12-01T00:00:00+00:00")
     assert again.lost_seconds(finished) == 0  # then the file is of a later stage
+    write_json(settings.run_folder / "progress.json", said | dict(stage="08_verdict"))
+    assert again.lost_seconds(again.record) == 0  # an audit was interrupted, then another stage
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,10 @@ from matplotlib.figure import Figure
 
 from sdlab.report.printing import escape_markdown, paragraphs
 from sdlab.report.samples import show_image_rows
-from sdlab.runs.privacy import strongest
-from sdlab.verdict.exposure import FALSE_POSITIVES, HEADLINE
+from sdlab.runs.privacy import attacks_of, strongest
+from sdlab.verdict.exposure import HEADLINE
 
 TARGETS = {"set": "the set", "model": "the model"}
-
-
-def chosen_epoch(audit: Mapping) -> Mapping:
-    """The attacks at the UNet epoch that was chosen."""
-    (found,) = (e for e in audit["epochs"] if e["epoch"] == audit["config"]["unet_epoch"])
-    return found
 
 
 def share(found: Mapping, name: str, form: str = "{:.1f}", factor: float = 100) -> str:
@@ -28,14 +22,14 @@ def share(found: Mapping, name: str, form: str = "{:.1f}", factor: float = 100) 
 
 
 def target_sentence(audit: Mapping, target: str) -> str:
-    """What the strongest attack on the set, or on the model, finds."""
-    attacks = chosen_epoch(audit)[target]
-    name, found = strongest(attacks)
-    epsilon = max(attack["epsilon"] for attack in attacks.values())
+    """What the attacks on the set, or on the model, find: each number by the attack that is strongest in it."""
+    attacks = attacks_of(audit, target)
+    (finder, found), (ranker, area), (guesser, bound) = (strongest(attacks, n) for n in ("tpr", "auc", "epsilon"))
+    epsilon = f' Epsilon (delta 0) is at least {bound["epsilon"]:.2f} ("{guesser}").' * (bound["epsilon"] > 0)
     return (
-        f"Whoever holds {TARGETS[target]}: the strongest of {len(attacks)} attacks ({name}) finds {share(found, 'tpr')} % of the "
-        f"images that were trained on, while it accuses 1 % of the others. Its AUC is {share(found, 'auc', '{:.3f}', 1)}; 0.5 is "
-        f"guessing. Epsilon (delta 0) is at least {epsilon:.2f}."
+        f'Whoever holds {TARGETS[target]} can attack it in {len(attacks)} ways. The one that certainly finds most ("{finder}") finds '
+        f"{share(found, 'tpr')} % of the images that were trained on, while it accuses 1 % of the others. The highest AUC is "
+        f'{share(area, "auc", "{:.3f}", 1)} ("{ranker}"); 0.5 is guessing.{epsilon}'
     )
 
 
@@ -43,28 +37,26 @@ def price_sentence(audit: Mapping) -> str:
     """Exposure next to use, from the first of the epochs to the chosen one."""
     first, last = audit["epochs"][0], audit["epochs"][-1]
     if first is last:
-        return "The price of training on is not known: one UNet epoch was looked at."
+        return "The price of longer training is not known: one UNet epoch was looked at."
     areas = ", ".join(
         f"the AUC on {TARGETS[target]} from {first[target][name]['auc']:.3f} to {last[target][name]['auc']:.3f}"
         for target, name in HEADLINE.items()
     )
     return (
-        f"The price of training on: from UNet epoch {first['epoch']} to {last['epoch']}, CAS (validation) goes from "
+        f"The price of longer training: from UNet epoch {first['epoch']} to {last['epoch']}, CAS (validation) goes from "
         f"{100 * first['cas']['mean']:.1f} to {100 * last['cas']['mean']:.1f} %, {areas}."
     )
 
 
 def audit_sentences(audit: Mapping) -> list[str]:
-    _, found = strongest(chosen_epoch(audit)["set"])
-    certain = found["certain"]
-    few = "enough images for 1 %" if certain <= FALSE_POSITIVES else "too few were left out for a smaller share"
+    set_at_most, model_at_most = (100 * next(iter(attacks_of(audit, target).values()))["certain"] for target in TARGETS)
     return [
         *(target_sentence(audit, target) for target in TARGETS),
         price_sentence(audit),
         "No formal guarantee: these are attacks. A better one may find more, and an image that they miss is not proven safe.",
-        f"Intervals hold 95 % for all attacks on one target together, each number for itself. They speak about new images of the "
-        f"same source, not about another training. The lower end of what is found is that of a threshold which certainly accuses at "
-        f"most {100 * certain:.1f} % of the others: {few}.",
+        'Intervals hold 95 % for all attacks on one target together, each number for itself; "certainly" means by their lower ends. '
+        "They take images as independent draws, and say nothing about another training. The lower end of what is found belongs to a "
+        f"stricter threshold, which certainly accuses at most {set_at_most:.1f} % (set) and {model_at_most:.1f} % (model) of the others.",
         f"An attacker needs the image in question, and, for a calibrated attack, other images of the same source that nobody trained "
         f"on: here {audit['calibrated_by']:,} validation images. A colleague can have them, or another clinic with the same machine; "
         "everybody can, if a part of the source is public.",
@@ -87,7 +79,7 @@ def audit_table(audit: Mapping) -> pd.DataFrame:
             "epsilon at least": f"{found['epsilon']:.2f}",
         }
         for target in TARGETS
-        for name, found in chosen_epoch(audit)[target].items()
+        for name, found in attacks_of(audit, target).items()
     ]
     return pd.DataFrame(rows).set_index(["attack on", "attack"])
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from sdlab.errors import BadInput, brief
 from sdlab.runs.files import atomic_write, check_free_space, read_json, write_json
-from sdlab.runs.privacy import NOT_AUDITED, check_privacy, privacy_of
+from sdlab.runs.privacy import check_release, privacy_of
 from sdlab.runs.shards import read_shards
 from sdlab.runs.stages import STAGES, State, stage_state
 from sdlab.settings import Settings
@@ -38,9 +38,7 @@ def export_set(settings: Settings, target: Path, images: int | None = None, prog
             f"(`sdlab run {settings.experiment}`)."
         )
     about = description(settings, images)
-    check_privacy(about["privacy"], ("set",), settings.privacy_limit)
-    if about["images"] > about["chosen"]["images"] and not isinstance(about["privacy"], str):
-        about["privacy"] = f"{NOT_AUDITED} at this size: larger sets expose more than the chosen one, which was"
+    about = check_release(about | dict(privacy=privacy_of(settings)), ("set",), settings.privacy_limit)
     return write_set(settings.run_folder / "synthetic" / about["synthetic"], about, target, progress)
 
 
@@ -99,7 +97,6 @@ def description(settings: Settings, images: int | None) -> dict:
         synthetic=pool["synthetic"],
         config=pool["config"],
         chosen=dict(images=chosen["images"], protocol=scaling["protocol"], test_accuracy=scores),
-        privacy=privacy_of(settings),
     )
 
 

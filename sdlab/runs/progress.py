@@ -17,9 +17,9 @@ class Progress:
     `sdlab run` sets SDLAB_PROGRESS_FILE_ONLY, so executed notebooks contain no bars.
     """
 
-    def __init__(self, path: Path | None, total: int | None, desc: str, unit: str, initial: int = 0):
+    def __init__(self, path: Path | None, total: int | None, desc: str, unit: str, initial: int = 0, stage: str = ""):
         self.path, self.initial, self.written, self.started = path, initial, 0.0, time.monotonic()
-        self.state = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0, time=time.time())
+        self.state = dict(desc=desc, n=initial, total=total, unit=unit, rate=0.0, time=time.time(), stage=stage)
         silent = bool(os.environ.get("SDLAB_PROGRESS_FILE_ONLY"))
         self.bar = None if silent else tqdm(desc=desc, total=total, initial=initial, unit=unit, leave=False)
         self.write()

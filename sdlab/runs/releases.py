@@ -29,7 +29,7 @@ from sdlab.runs.files import (
     write_hashed_json,
 )
 from sdlab.runs.parameters import read_parameters
-from sdlab.runs.privacy import check_privacy
+from sdlab.runs.privacy import check_release, privacy_of
 from sdlab.runs.records import read_record
 from sdlab.runs.shards import read_manifest
 from sdlab.runs.stages import INPUTS, STAGES, State, is_path, stage_state
@@ -41,8 +41,8 @@ FORM = dict(about=dict, train_counts=list, base_model=str, pool=dict, environmen
 def write_release(settings: Settings) -> Path:
     """Write `release/` into the experiment's report folder; returns it.
 
-    Raises `BadInput` if notebook 05 is not finished, if the audit of set or model found more than `privacy_limit` allows, if a checkpoint is
-    damaged, and if there is a release already.
+    Raises `BadInput` if notebook 05 is not finished, if the audit of set or model found more than `privacy_limit` allows, if a
+    checkpoint is damaged, and if there is a release already.
     """
     if (state := stage_state(settings, "05").state) != State.DONE:
         raise BadInput(f"{settings.experiment} has nothing to release yet: {STAGES['05'].stem} is {state}.")
@@ -50,7 +50,7 @@ def write_release(settings: Settings) -> Path:
     if target.exists():
         raise BadInput(f"{target} exists: nothing is overwritten; move it away.")
     run, about, record = settings.run_folder, description(settings, None), read_record(settings, "05")
-    check_privacy(about["privacy"], ("set", "model"), settings.privacy_limit)
+    about = check_release(about | dict(privacy=privacy_of(settings)), ("set", "model"), settings.privacy_limit)
     manifest = read_manifest(run / "synthetic" / about["synthetic"])
     with atomic_write(target) as folder:
         folder.mkdir()

@@ -2,7 +2,7 @@
 
     runs/<experiment>/settings.yaml        the settings of the stage that was opened last
                       records/01.json      a stage: its settings, inputs and files with their hashes (`records.py`)
-                      begun/               results of an unfinished stage so far; removed at its end
+                      begun/               results of an unfinished stage so far; removed at its end (09: audit/begun/)
                       progress.json        how far the stage is, for `sdlab run`
                       test_readings.jsonl  each reading of the test set
 
@@ -82,7 +82,9 @@ class Run(Experiment):
             check_processes(settings.training_processes, settings.device, base.device)
         self.started, self.lock = time.monotonic(), None
         self.finished = state.state == State.DONE or not self.begin()
-        self.progress = functools.partial(Progress, None if self.finished else self.folder / "progress.json")
+        self.progress = functools.partial(
+            Progress, None if self.finished else self.folder / "progress.json", stage=self.stage.stem
+        )
 
     @functools.cached_property
     def executor(self) -> Executor:
@@ -176,7 +178,8 @@ class Run(Experiment):
             return 0.0  # the file is of a later stage
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
-            return round(max(state["time"] - before.opened_at, 0.0), 1)
+            if state["stage"] == self.stage.stem:
+                return round(max(state["time"] - before.opened_at, 0.0), 1)
         return 0.0
 
     def finish(self, *outputs: Path) -> None:

@@ -147,13 +147,14 @@ def run(settings: Settings, until: str, redo: str | None, strict: bool, from_ref
             for number in sorted(STAGES.keys() - {*again}) if strict else ():
                 warn_of_collapse(settings, number, strict)  # before anything is moved
 
-            requested = [
-                n for n in downstream_stages(redo) if n > until and records.read_record(settings, n) is not None
-            ]
+            audited = (
+                "09" in downstream_stages(redo) and until < "09" and records.read_record(settings, "09") is not None
+            )
             move_stages_aside(settings, redo)
-            for number in requested:
+            if audited:
                 click.echo(
-                    f"{STAGES[number].stem} was of the former run and was moved aside too: give its command again."
+                    "The audit was of the former run, and was moved aside, too: `sdlab audit` makes a new one. Until then, its pages in the "
+                    "report folder are of the former run."
                 )
         for stage in STAGES.values():
             if stage.number > until:
@@ -426,7 +427,7 @@ def dashboard(settings: Settings, port: int) -> None:
 def export(settings: Settings, target: Path, images: int | None, from_reference: bool) -> None:
     """Write the chosen synthetic set to TARGET: a folder of PNGs, one subfolder a class, or a file ending in .npz."""
     from sdlab.runs.export import check_target, export_set, write_set
-    from sdlab.runs.privacy import check_privacy, privacy_sentence
+    from sdlab.runs.privacy import privacy_sentence
 
     if from_reference:
         from sdlab.tools.released_sets import make_released_set
@@ -434,7 +435,6 @@ def export(settings: Settings, target: Path, images: int | None, from_reference:
         check_target(target)
         folder, about, comparison = make_released_set(settings, images)
         click.echo(comparison)
-        check_privacy(about["privacy"], ("set",), settings.privacy_limit)
         about = write_set(folder, about, target)
     else:
         about = export_set(settings, target, images)

@@ -33,6 +33,7 @@ from sdlab.tools.measuring import Costs, load_without_weights, measure
 from sdlab.verdict.attacks import DRAWS, TIMESTEPS
 from sdlab.verdict.audit import attacked_epochs
 from sdlab.verdict.collapse import judged_images
+from sdlab.verdict.exposure import FEWEST
 
 GB = 1e9
 
@@ -117,7 +118,7 @@ def audit_work(s: Settings, facts: DatasetFacts, most: bool = False) -> Work:
             "class_encoder steps": s.class_encoder_epochs * math.ceil(half / s.class_encoder_batch_size),
             "unet steps": s.unet_epochs * math.ceil(half / s.unet_batch_size),
             "shown passes": passes,
-            "encoded": epochs * (facts.train + images + facts.val),
+            "encoded": epochs * (facts.train + images) + facts.train + facts.val,
         }
     )
     return work
@@ -268,7 +269,8 @@ def make_plan(
         costs=dataclasses.asdict(costs),
     )
     made |= {name: sum(row[name] for row in rows.values()) for name in ("hours", "hours_at_most", "disk_gb")}
-    made["audit_hours"] = seconds(audit_work(settings, facts), costs) / 3600
+    if facts.train >= 2 * FEWEST:
+        made["audit_hours"] = seconds(audit_work(settings, facts), costs) / 3600
     made["disk_peak_gb"] = made["disk_gb"] + 12 * costs.sizes["unet"] / GB + fetched
     return made | dict(warnings=[] if costs_file else warnings(settings, made, base.device))
 

@@ -9,7 +9,7 @@ from sdlab.errors import BadInput
 from sdlab.report.reference import REFERENCE
 from sdlab.runs.experiment import Experiment
 from sdlab.runs.export import check_images
-from sdlab.runs.privacy import NOT_AUDITED
+from sdlab.runs.privacy import check_release
 from sdlab.runs.records import environment, environment_differences
 from sdlab.runs.releases import install
 from sdlab.settings import Settings
@@ -21,7 +21,8 @@ def make_released_set(here: Settings, images: int | None = None, whole: bool = F
 
     Returns the folder of its shards, its description (`sdlab.runs.export`), and how its bytes compare. Neither the data
     set nor a search is needed: labels, weights and settings are in the release. Raises `BadInput` if there is no
-    release, if it is damaged, if its base model or code are not the ones of now, or if it has fewer images.
+    release, if it is damaged, if its audit found more than `privacy_limit` allows, if its base model or code are not the ones
+    of now, or if it has fewer images.
     """
     folder = REFERENCE / here.experiment / "release"
     if not folder.is_dir():
@@ -33,6 +34,7 @@ def make_released_set(here: Settings, images: int | None = None, whole: bool = F
     count = settings.scaling_max * sum(release["train_counts"])
     check_images(images, count)
     count = count if whole else images or release["about"]["images"]
+    about = check_release(release["about"] | dict(images=count), ("set",), here.privacy_limit)
     # torch is slow to import
     from sdlab.base_models import load_base_model
     from sdlab.evaluation import pool_seed
@@ -53,7 +55,7 @@ def make_released_set(here: Settings, images: int | None = None, whole: bool = F
         )
     made = generate(load_pipeline(run, config), plan, run.folder / "synthetic", count, run.progress, "pool")
     compared = comparison(made.manifest["shards"], release, environment(base))
-    return made.folder, dict(privacy=NOT_AUDITED) | release["about"] | dict(images=count), compared
+    return made.folder, about, compared
 
 
 def comparison(shards: dict, release: dict, now: dict) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdlab.data.images import ImageDataset, Split
+from sdlab.data.images import ImageDataset, Split, sha256_of_arrays
 from sdlab.errors import BadInput
 from sdlab.evaluation import classifier_seeds, load_optimum, save_arrays, train_and_score_classifiers
 from sdlab.generation import SyntheticSet, generate_set, real_labels
@@ -30,7 +30,17 @@ from sdlab.sampling_config import SamplingConfig, load_table
 from sdlab.seeds import derive_seed
 from sdlab.settings import Settings
 from sdlab.training import fine_tune_unet, train_class_encoder
-from sdlab.verdict.attacks import Denoised, View, class_distances, denoise, model_scores, of_class, set_scores
+from sdlab.verdict.attacks import (
+    DRAWS,
+    TIMESTEPS,
+    Denoised,
+    View,
+    class_distances,
+    denoise,
+    model_scores,
+    of_class,
+    set_scores,
+)
 from sdlab.verdict.copies import flatten
 from sdlab.verdict.exposure import FEWEST, HEADLINE, expose
 from sdlab.verdict.judge import load_judge
@@ -117,11 +127,14 @@ class Attack:
     def __init__(self, half: Experiment, run: Run, moments: Moments):
         self.half, self.run, self.moments = half, run, moments
         self.asked, self.views = run.data.train, views_of(run)
+        first = self.asked.images[:4]
+        seen = {name: sha256_of_arrays(view(first)) for name, view in self.views.items()}
+        self.made_by = [TIMESTEPS, DRAWS, run.settings.seed, seen]
         self.others = self.kept("others", lambda: self.distances(run.data.val))
 
     def kept(self, made_from: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays by name: those of an interrupted attempt, if they were made from the same."""
-        path = self.half.folder / "attacks" / f"{sha256_of_json(made_from)[:16]}.safetensors"
+        path = self.half.folder / "attacks" / f"{sha256_of_json([made_from, self.made_by])[:16]}.safetensors"
         if not path.exists():
             save_arrays(path, **compute())
         return load_file(path)

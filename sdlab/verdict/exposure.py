@@ -30,7 +30,7 @@ FEWEST = 100  # images of each kind
 class Exposure:
     """Of one attack: shares of 1 with the ends of their intervals, and epsilon's lower bound, at `level` each.
 
-    `certain` is the share of the others that the threshold of `tpr_low` accuses at most, for sure.
+    `certain` is the share of the others that the threshold of `tpr_low` accuses at most, with the interval's confidence.
     """
 
     auc: float
