@@ -176,6 +176,7 @@ def test_every_setting_says_what_it_is_and_which_stages_depend_on_it():
         "cluster_threads",
         "cluster_cache_gb",
         "cluster_any_worker",
+        "privacy_limit",
     }
     for f in dataclasses.fields(Settings):
         assert f.metadata["text"]

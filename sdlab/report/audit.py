@@ -75,7 +75,7 @@ def audit_table(audit: Mapping) -> pd.DataFrame:
             "AUC": share(found, "auc", "{:.3f}", 1),
             "found (%)": share(found, "tpr"),
             "certainly at most (%)": f"{100 * found['certain']:.1f}",
-            "right": f"{found['right']} of {found['guesses']}",
+            'right guesses "in"': f"{found['right']} of {found['guesses']}",
             "epsilon at least": f"{found['epsilon']:.2f}",
         }
         for target in TARGETS

@@ -4,7 +4,6 @@ import hashlib
 from collections import Counter
 
 import numpy as np
-from sklearn.metrics import pairwise_distances_argmin_min
 
 from sdlab.data.images import ImageDataset, Split, spread
 
@@ -50,5 +49,7 @@ def flatten(images: np.ndarray) -> np.ndarray:
 
 def nearest(images: np.ndarray, flat: np.ndarray) -> np.ndarray:
     """The root mean square difference, of 255, of each image to the nearest of `flat`."""
+    from sklearn.metrics import pairwise_distances_argmin_min  # is slow to import
+
     _, distances = pairwise_distances_argmin_min(flatten(images), flat)
     return distances / flat.shape[1] ** 0.5

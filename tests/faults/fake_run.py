@@ -99,9 +99,12 @@ def write_set(folder: Path, shards: int = 2, size: int = 4) -> None:
 def write_metrics(folder: Path) -> None:
     test = dict(mean=0.5, std=0.1, n=2)
     pool = dict(images=8, classes=list(CLASSES), synthetic=KEY, config=CONFIG)
+    shares = {f"{name}{end}": 0.0 for name in ("auc", "tpr") for end in ("", "_low", "_high")}
+    attacks = {target: dict(pixels=shares | dict(certain=0.01, epsilon=0.0)) for target in ("set", "model")}
     trial = dict(number=0, state="complete", params={"steps": 3}, intermediate={"20": 0.4}, value=0.5)
     for name, value in dict(
         data=dict(name="bars"), importance={}, tables={}, real=dict(images=8, test=test), x01=dict(images=4, test=test),
+        audit=dict(config=CONFIG, images=2, epochs=[dict(epoch=1) | attacks]),
         scaling=dict(pool=pool, chosen="x1", protocol="sealed"), search_1=dict(study="smoke-search_1", trials=[trial]),
     ).items():  # fmt: skip
         write_json(folder / "metrics" / f"{name}.json", value)
