@@ -148,7 +148,8 @@ def show_both(made: Split, real: ImageDataset, each: int = 8) -> Figure:
         shown = [split.images[split.labels == label][:each] for split in (real.train, made)]
         gap = np.full((1, *made.images.shape[1:]), 255, np.uint8)
         padded = [np.concatenate([s, np.repeat(gap, each - len(s), 0)]) for s in shown]
-        rows[f"{label} {real.class_names[label]:.16}"] = np.concatenate([padded[0], gap, padded[1]])
+        name = real.class_names[label]
+        rows[name if name == str(label) else f"{label} {name:.16}"] = np.concatenate([padded[0], gap, padded[1]])
     figure = samples.show_image_rows(rows)
     figure.suptitle("real training images | this set", fontsize=10)
     return figure
